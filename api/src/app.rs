@@ -1,0 +1,109 @@
+//! The state that every handler is given.
+
+use std::ops::Deref;
+use std::sync::Arc;
+
+use cloister_runtime::webhook::{AddressPolicy, WebhookClient};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::billing::plans::{self, Plans};
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::db::Db;
+use crate::error::Error;
+use crate::graphql::Schema;
+use crate::keys::{self, KeyRing};
+use crate::models::catalog::{self, Catalog};
+use crate::rate::RateLimits;
+use crate::runs::live::Live;
+use crate::runs::pool::Pool;
+use crate::secrets::Vault;
+use crate::tenants::changes::Changes;
+use crate::usage::quota::Releases;
+
+/// The application: concrete parts, shared by every request. Cheap to clone.
+#[derive(Clone)]
+pub struct App(Arc<Parts>);
+
+/// What an [`App`] is made of.
+pub struct Parts {
+    /// The configuration as it was at the start.
+    pub config: Config,
+    /// The one clock.
+    pub clock: Clock,
+    /// The database.
+    pub db: Db,
+    /// Seals secrets.
+    pub vault: Vault,
+    /// The plans as configured.
+    pub plans: Plans,
+    /// The models as configured, and their providers.
+    pub catalog: Catalog,
+    /// Keys: the admin's, uses to be written, changes of authority.
+    pub keys: KeyRing,
+    /// Rate limits.
+    pub rates: RateLimits,
+    /// Tells waiting model calls that a reservation was released.
+    pub releases: Releases,
+    /// Tells subscribers what runs do.
+    pub live: Live,
+    /// Tells subscribers what changed in a tenant.
+    pub changes: Changes,
+    /// The shared pool of workers.
+    pub pool: Pool,
+    /// Calls tenants' webhooks.
+    pub webhooks: WebhookClient,
+    /// The GraphQL schema.
+    pub schema: Schema,
+    /// Tasks that outlive their request, such as model calls being drained.
+    pub tasks: TaskTracker,
+    /// Cancelled when the process is asked to stop.
+    pub stopping: CancellationToken,
+}
+
+impl Deref for App {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+impl App {
+    /// Puts the parts together on a database whose schema is up to date, and brings the rows that
+    /// mirror the configuration (plans, models, prices) up to date. Returns the platform admin's key
+    /// if it was made just now.
+    pub async fn new(config: Config, db: Db) -> Result<(Self, Option<String>), Error> {
+        let clock = Clock::default();
+        clock.follow(db.read()).await?;
+        let now = clock.now();
+        migration::partitions::ensure(db.write(), 2).await?;
+        let tx = db.begin().await?;
+        let plans = plans::sync(&tx, &config, now).await?;
+        let catalog = catalog::sync(&tx, &config, now).await?;
+        tx.commit().await?;
+        let (admin_hash, new_admin_key) = keys::admin_key(&db, &config.admin, now).await?;
+        let vault = Vault::new(&config.secrets).map_err(Error::internal)?;
+        let policy = AddressPolicy { allowed_hosts: config.webhooks.allowed_hosts.clone() };
+        let parts = Parts {
+            vault,
+            plans,
+            catalog,
+            keys: KeyRing::new(admin_hash),
+            rates: RateLimits::default(),
+            releases: Releases::default(),
+            live: Live::default(),
+            changes: Changes::default(),
+            pool: Pool::new(config.runs.concurrency),
+            webhooks: WebhookClient::new(policy).map_err(Error::internal)?,
+            schema: crate::graphql::schema(&config.graphql),
+            tasks: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            config,
+            clock,
+            db,
+        };
+        Ok((Self(Arc::new(parts)), new_admin_key))
+    }
+}

@@ -1,0 +1,108 @@
+//! Plans: rows seeded from the configuration, versioned. The newest version of a name holds.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use entity::{Shared, plans, tenants::Isolation};
+use rust_decimal::Decimal;
+use sea_orm::{ActiveModelTrait, ConnectionTrait, IntoActiveModel, QueryOrder};
+use uuid::Uuid;
+
+use crate::config::{Config, PlanConfig};
+use crate::error::Error;
+use crate::money;
+
+/// The plans in their order, as they hold now.
+pub struct Plans {
+    by_name: HashMap<String, Arc<plans::Model>>,
+}
+
+/// Names, in the order in which they are shown.
+const NAMES: [&str; 3] = ["free", "pro", "enterprise"];
+
+impl Plans {
+    /// The plan of this name.
+    pub fn get(&self, name: &str) -> Result<Arc<plans::Model>, Error> {
+        self.by_name.get(name).cloned().ok_or_else(|| Error::internal(format!("no plan is named {name:?}")))
+    }
+
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = Arc<plans::Model>> {
+        NAMES.iter().filter_map(|name| self.by_name.get(*name).cloned())
+    }
+}
+
+/// Adds a version of each plan whose configuration has changed, and returns those that hold.
+pub async fn sync(db: &impl ConnectionTrait, config: &Config, now: DateTime<Utc>) -> Result<Plans, Error> {
+    let rows = plans::Entity::all().order_by_asc(plans::Column::Version).all(db).await?;
+    let stored: BTreeMap<String, plans::Model> = rows.into_iter().map(|row| (row.name.clone(), row)).collect();
+    let mut by_name = HashMap::new();
+    for name in NAMES {
+        let wanted = config.plans.get(name).cloned().unwrap_or_else(|| built_in(name));
+        let wanted = row(name, &wanted, stored.get(name).map_or(1, |newest| newest.version + 1), now)?;
+        let plan = match stored.get(name) {
+            Some(newest) if same(newest, &wanted) => newest.clone(),
+            _ => wanted.into_active_model().reset_all().insert(db).await?,
+        };
+        by_name.insert(name.to_owned(), Arc::new(plan));
+    }
+    Ok(Plans { by_name })
+}
+
+fn same(a: &plans::Model, b: &plans::Model) -> bool {
+    plans::Model { id: b.id, version: b.version, valid_from: b.valid_from, ..a.clone() } == *b
+}
+
+fn row(name: &str, plan: &PlanConfig, version: i32, now: DateTime<Utc>) -> Result<plans::Model, Error> {
+    let nano = |field: &str, amount: Decimal| {
+        money::nano(amount).ok_or_else(|| Error::internal(format!("plans.{name}.{field} is too large")))
+    };
+    Ok(plans::Model {
+        id: Uuid::now_v7(),
+        name: name.to_owned(),
+        version,
+        base_price: nano("base_price", plan.base_price)?,
+        included_tokens: plan.included_tokens,
+        overage_per_million: plan.overage_per_million.map(|amount| nano("overage_per_million", amount)).transpose()?,
+        monthly_token_limit: plan.monthly_token_limit,
+        max_concurrent_runs: plan.max_concurrent_runs,
+        requests_per_minute: plan.requests_per_minute,
+        weight: plan.weight,
+        isolation: if name == "enterprise" { Isolation::Dedicated } else { Isolation::Shared },
+        valid_from: now,
+    })
+}
+
+/// The table of the design's `metering.md`.
+fn built_in(name: &str) -> PlanConfig {
+    match name {
+        "pro" => PlanConfig {
+            base_price: Decimal::from(49),
+            included_tokens: 10_000_000,
+            overage_per_million: Some(Decimal::from(5)),
+            monthly_token_limit: 100_000_000,
+            max_concurrent_runs: 50,
+            requests_per_minute: 600,
+            weight: 4,
+        },
+        "enterprise" => PlanConfig {
+            base_price: Decimal::from(299),
+            included_tokens: 100_000_000,
+            overage_per_million: Some(Decimal::from(3)),
+            monthly_token_limit: 1_000_000_000,
+            max_concurrent_runs: 500,
+            requests_per_minute: 6_000,
+            weight: 16,
+        },
+        _ => PlanConfig {
+            base_price: Decimal::ZERO,
+            included_tokens: 1_000_000,
+            overage_per_million: None,
+            monthly_token_limit: 1_000_000,
+            max_concurrent_runs: 5,
+            requests_per_minute: 60,
+            weight: 1,
+        },
+    }
+}

@@ -1,0 +1,54 @@
+//! The one clock: the process's for SQLite, the database's for PostgreSQL, so that leases, expiries
+//! and months are the same on every replica whatever its own clock says.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use chrono::{DateTime, SubsecRound, TimeDelta, Utc};
+use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, Statement};
+
+/// Tells the time. Cheap to clone; clones share what they learned of the database's clock.
+#[derive(Clone, Debug, Default)]
+pub struct Clock {
+    /// Microseconds that the database is ahead of this process.
+    ahead: Arc<AtomicI64>,
+}
+
+impl Clock {
+    /// Now, to the microsecond (what both databases store).
+    pub fn now(&self) -> DateTime<Utc> {
+        (process_now() + TimeDelta::microseconds(self.ahead.load(Ordering::Relaxed))).trunc_subsecs(6)
+    }
+
+    /// Compares with the database's clock. SQLite has none of its own.
+    pub async fn follow(&self, db: &DatabaseConnection) -> Result<(), DbErr> {
+        if db.get_database_backend() != DbBackend::Postgres {
+            return Ok(());
+        }
+        let before = process_now();
+        let row = db
+            .query_one_raw(Statement::from_string(DbBackend::Postgres, "SELECT clock_timestamp() AS now"))
+            .await?
+            .ok_or_else(|| DbErr::RecordNotFound("the database's clock".to_owned()))?;
+        let database: DateTime<Utc> = row.try_get("", "now")?;
+        let after = process_now();
+        let ahead = database - (before + (after - before) / 2);
+        self.ahead.store(ahead.num_microseconds().unwrap_or(0), Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // the one place
+fn process_now() -> DateTime<Utc> {
+    Utc::now()
+}
+
+/// `YYYY-MM`, UTC: the period of quotas and invoices.
+pub fn month_of(time: DateTime<Utc>) -> String {
+    time.format("%Y-%m").to_string()
+}
+
+/// `YYYY-MM-DD`, UTC.
+pub fn day_of(time: DateTime<Utc>) -> String {
+    time.format("%Y-%m-%d").to_string()
+}

@@ -1,0 +1,132 @@
+//! The database: where connections come from, and the one way to open a transaction.
+
+use std::fs::{File, OpenOptions};
+use std::time::Duration;
+
+use migration::{Migrator, MigratorTrait};
+use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
+use sea_orm::{
+    ConnectOptions, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, SqliteTransactionMode,
+    TransactionOptions, TransactionTrait,
+};
+
+use crate::config::{Config, Synchronous};
+
+/// Connections. On SQLite reading has a pool of its own beside the one writer; on PostgreSQL
+/// both are the same pool.
+#[derive(Clone, Debug)]
+pub struct Db {
+    read: DatabaseConnection,
+    write: DatabaseConnection,
+}
+
+impl Db {
+    /// Connects; an SQLite file is made if it is missing.
+    pub async fn connect(config: &Config) -> Result<Self, DbErr> {
+        if let Some(path) = config.sqlite_path() {
+            if let Some(folder) = path.parent() {
+                std::fs::create_dir_all(folder).map_err(|error| {
+                    DbErr::Custom(format!("database.url: can't make the folder {}: {error}", folder.display()))
+                })?;
+            }
+            let write = Database::connect(sqlite_options(config, 1)).await?;
+            let read = Database::connect(sqlite_options(config, config.database.max_connections)).await?;
+            return Ok(Self { read, write });
+        }
+        let mut options = ConnectOptions::new(&config.database.url);
+        options
+            .max_connections(config.database.max_connections)
+            .acquire_timeout(Duration::from_secs(10))
+            .set_application_name("cloister")
+            .record_stmt_in_spans(false)
+            .sqlx_logging(false);
+        let pool = Database::connect(options).await?;
+        Ok(Self { read: pool.clone(), write: pool })
+    }
+
+    /// For reading: sees all that is committed.
+    pub fn read(&self) -> &DatabaseConnection {
+        &self.read
+    }
+
+    /// For single statements that write.
+    pub fn write(&self) -> &DatabaseConnection {
+        &self.write
+    }
+
+    /// Opens a transaction for writing. Dropped without `commit`, it never happened.
+    pub async fn begin(&self) -> Result<DatabaseTransaction, DbErr> {
+        self.write
+            .begin_with_options(TransactionOptions {
+                sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
+                ..Default::default()
+            })
+            .await
+    }
+
+    /// Whether this is SQLite, and so the only process on this database.
+    pub fn is_embedded(&self) -> bool {
+        self.read.get_database_backend() == DbBackend::Sqlite
+    }
+
+    /// Names of the migrations that are yet to run.
+    pub async fn pending_migrations(&self) -> Result<Vec<String>, DbErr> {
+        let pending = Migrator::get_pending_migrations(&self.write).await?;
+        Ok(pending.iter().map(|migration| migration.name().to_owned()).collect())
+    }
+
+    /// Brings the schema up to date.
+    pub async fn migrate(&self) -> Result<(), DbErr> {
+        Migrator::up(&self.write, None).await
+    }
+}
+
+fn sqlite_options(config: &Config, connections: u32) -> ConnectOptions {
+    let synchronous = match config.database.synchronous {
+        Synchronous::Normal => SqliteSynchronous::Normal,
+        Synchronous::Full => SqliteSynchronous::Full,
+    };
+    let mut options = ConnectOptions::new(&config.database.url);
+    options
+        .min_connections(1)
+        .max_connections(connections)
+        .acquire_timeout(Duration::from_secs(30))
+        .record_stmt_in_spans(false)
+        .sqlx_logging(false)
+        .map_sqlx_sqlite_opts(move |sqlite| {
+            sqlite
+                .create_if_missing(true)
+                .journal_mode(SqliteJournalMode::Wal)
+                .synchronous(synchronous)
+                .foreign_keys(true)
+                .busy_timeout(Duration::from_secs(10))
+        });
+    options
+}
+
+/// The exclusive right to serve an SQLite database, held as long as this value lives. A second
+/// `serve` on the same file would void the first one's leases.
+#[derive(Debug)]
+pub struct ServeLock(#[allow(dead_code)] Option<File>);
+
+impl ServeLock {
+    /// Takes the lock beside the database file; PostgreSQL needs none.
+    pub fn take(config: &Config) -> Result<Self, String> {
+        let Some(path) = config.sqlite_path() else {
+            return Ok(Self(None));
+        };
+        // A file of its own: closing any handle of the database's file would drop SQLite's locks.
+        let mut name = path.as_os_str().to_owned();
+        name.push(".lock");
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&name)
+            .map_err(|error| format!("database.url: can't open {}: {error}", name.display()))?;
+        file.try_lock().map_err(|_| {
+            format!("database.url: {} is already served by another process; stop that one first", path.display())
+        })?;
+        Ok(Self(Some(file)))
+    }
+}

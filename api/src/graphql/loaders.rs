@@ -1,0 +1,245 @@
+//! Loading related objects together: the number of statements of a query does not depend on the
+//! number of rows.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use async_graphql::dataloader::{DataLoader, Loader};
+use async_graphql::{Context, Result};
+use entity::{Shared, TenantOwned, agent_versions, agents, api_keys, conversations, models, prices, run_items, runs};
+use sea_orm::sea_query::{Order, Query};
+use sea_orm::{ColumnTrait, QueryFilter, QueryOrder, Select};
+use uuid::Uuid;
+
+use super::page::{List, Page, PageArgs, pages};
+use crate::app::App;
+use crate::error::Error;
+use crate::usage::report::{self, Month, MonthUsage, Sum};
+use crate::viewer::Viewer;
+
+/// Loads for one request, as its caller may see.
+pub struct Batch {
+    app: App,
+    /// The caller's tenant; none for the platform admin.
+    tenant_id: Option<Uuid>,
+}
+
+/// A loader for one request.
+pub fn loader(app: &App, viewer: &Viewer) -> DataLoader<Batch> {
+    let tenant_id = viewer.require_tenant().ok().map(|viewer| viewer.tenant_id());
+    DataLoader::new(Batch { app: app.clone(), tenant_id }, tokio::spawn)
+}
+
+/// Loads one thing, together with whatever else the query asks for at the same time.
+pub async fn load<K>(ctx: &Context<'_>, key: K) -> Result<Option<<Batch as Loader<K>>::Value>>
+where
+    K: Send + Sync + Hash + Eq + Clone + 'static,
+    Batch: Loader<K, Error = Arc<Error>>,
+{
+    let loader = ctx.data::<DataLoader<Batch>>()?;
+    loader.load_one(key).await.map_err(|error| Error::clone(&error).into())
+}
+
+impl Batch {
+    fn own<E: TenantOwned>(&self) -> Select<E> {
+        match self.tenant_id {
+            Some(id) => E::in_tenant(id),
+            None => E::across_tenants(),
+        }
+    }
+}
+
+macro_rules! load_by_id {
+    ($($(#[$doc:meta])* $key:ident: $table:ident),* $(,)?) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub struct $key(pub Uuid);
+
+        impl Loader<$key> for Batch {
+            type Value = $table::Model;
+            type Error = Arc<Error>;
+
+            async fn load(&self, keys: &[$key]) -> Result<HashMap<$key, $table::Model>, Arc<Error>> {
+                let rows = self
+                    .own::<$table::Entity>()
+                    .filter($table::Column::Id.is_in(keys.iter().map(|key| key.0)))
+                    .all(self.app.db.read())
+                    .await
+                    .map_err(|error| Arc::new(error.into()))?;
+                Ok(rows.into_iter().map(|row| ($key(row.id), row)).collect())
+            }
+        }
+    )*};
+}
+
+load_by_id! {
+    /// An agent; deleted ones too, since what refers to them goes on resolving.
+    AgentId: agents,
+    /// A published version.
+    AgentVersionId: agent_versions,
+    /// An API key; revoked ones too.
+    ApiKeyId: api_keys,
+    /// A conversation.
+    ConversationId: conversations,
+    /// A run.
+    RunId: runs,
+}
+
+/// What a run has used, by its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RunUsage(pub Uuid);
+
+impl Loader<RunUsage> for Batch {
+    type Value = Sum;
+    type Error = Arc<Error>;
+
+    async fn load(&self, keys: &[RunUsage]) -> Result<HashMap<RunUsage, Sum>, Arc<Error>> {
+        let ids: Vec<Uuid> = keys.iter().map(|key| key.0).collect();
+        let sums = report::runs(&self.app, &ids).await.map_err(Arc::new)?;
+        Ok(sums.into_iter().map(|(id, sum)| (RunUsage(id), sum)).collect())
+    }
+}
+
+/// A tenant's month.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TenantMonth(pub Uuid, pub Month);
+
+impl Loader<TenantMonth> for Batch {
+    type Value = MonthUsage;
+    type Error = Arc<Error>;
+
+    async fn load(&self, keys: &[TenantMonth]) -> Result<HashMap<TenantMonth, MonthUsage>, Arc<Error>> {
+        let mut by_month: HashMap<Month, Vec<Uuid>> = HashMap::new();
+        for TenantMonth(tenant_id, month) in keys {
+            by_month.entry(*month).or_default().push(*tenant_id);
+        }
+        let mut loaded = HashMap::new();
+        for (month, tenants) in by_month {
+            let months = report::months(&self.app, &tenants, month).await.map_err(Arc::new)?;
+            loaded.extend(months.into_iter().map(|(tenant_id, usage)| (TenantMonth(tenant_id, month), usage)));
+        }
+        Ok(loaded)
+    }
+}
+
+/// A model that is no longer configured, by its name, and its last price.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FormerModel(pub String);
+
+impl Loader<FormerModel> for Batch {
+    type Value = (models::Model, prices::Model);
+    type Error = Arc<Error>;
+
+    async fn load(&self, keys: &[FormerModel]) -> Result<HashMap<FormerModel, Self::Value>, Arc<Error>> {
+        let names = || keys.iter().map(|key| key.0.clone());
+        let fault = |error: sea_orm::DbErr| Arc::new(Error::from(error));
+        let db = self.app.db.read();
+        let rows = models::Entity::all().filter(models::Column::Name.is_in(names())).all(db).await.map_err(fault)?;
+        let prices = prices::Entity::all()
+            .filter(prices::Column::Model.is_in(names()))
+            .order_by_asc(prices::Column::ValidFrom)
+            .all(db)
+            .await
+            .map_err(fault)?;
+        let newest: HashMap<String, prices::Model> =
+            prices.into_iter().map(|price| (price.model.clone(), price)).collect();
+        let found = rows.into_iter().filter_map(|model| {
+            let price = newest.get(&model.name)?.clone();
+            Some((FormerModel(model.name.clone()), (model, price)))
+        });
+        Ok(found.collect())
+    }
+}
+
+macro_rules! load_pages {
+    ($($(#[$doc:meta])* $key:ident: $table:ident by $parent:ident, $sort:ident $order:ident $(, $only:expr)?);* $(;)?) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub struct $key(pub Uuid, pub PageArgs);
+
+        impl Loader<$key> for Batch {
+            type Value = Page<$table::Model>;
+            type Error = Arc<Error>;
+
+            async fn load(&self, keys: &[$key]) -> Result<HashMap<$key, Self::Value>, Arc<Error>> {
+                let lists = keys.iter().map(|key| {
+                    let rows = self.own::<$table::Entity>().filter($table::Column::$parent.eq(key.0));
+                    $(let rows = rows.filter($only);)?
+                    (key.0, key.1, List { rows, sort: $table::Column::$sort, then: None, order: Order::$order })
+                });
+                let pages = pages(self.app.db.read(), lists.collect()).await.map_err(Arc::new)?;
+                Ok(pages.into_iter().map(|((parent, args), page)| ($key(parent, args), page)).collect())
+            }
+        }
+    )*};
+}
+
+load_pages! {
+    /// A tenant's keys.
+    ApiKeysOf: api_keys by TenantId, Id Asc;
+    /// A tenant's agents.
+    AgentsOf: agents by TenantId, Id Asc, agents::Column::DeletedAt.is_null();
+    /// An agent's versions, newest first.
+    VersionsOf: agent_versions by AgentId, Version Desc;
+    /// A conversation's runs.
+    RunsOf: runs by ConversationId, Id Desc;
+    /// A run's items.
+    ItemsOf: run_items by RunId, Sequence Asc;
+}
+
+/// What a version's handoffs resolve to: other versions, by its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ReachesOf(pub Uuid);
+
+impl Loader<ReachesOf> for Batch {
+    type Value = Vec<agent_versions::Model>;
+    type Error = Arc<Error>;
+
+    async fn load(&self, keys: &[ReachesOf]) -> Result<HashMap<ReachesOf, Self::Value>, Arc<Error>> {
+        let fault = |error: sea_orm::DbErr| Arc::new(Error::from(error));
+        let db = self.app.db.read();
+        let of = |ids: Vec<Uuid>| self.own::<agent_versions::Entity>().filter(agent_versions::Column::Id.is_in(ids));
+        let roots = of(keys.iter().map(|key| key.0).collect()).all(db).await.map_err(fault)?;
+        let closures: Vec<(Uuid, Vec<Uuid>)> = roots
+            .into_iter()
+            .map(|root| Ok((root.id, serde_json::from_value(root.closure)?)))
+            .collect::<Result<_, serde_json::Error>>()
+            .map_err(|error| Arc::new(error.into()))?;
+        let members = of(closures.iter().flat_map(|(_, ids)| ids.iter().copied()).collect());
+        let rows = members.all(db).await.map_err(fault)?;
+        let by_id: HashMap<Uuid, agent_versions::Model> = rows.into_iter().map(|row| (row.id, row)).collect();
+        let reached = closures.into_iter().map(|(root, ids)| {
+            let others = ids.iter().filter(|id| **id != root).filter_map(|id| by_id.get(id).cloned());
+            (ReachesOf(root), others.collect())
+        });
+        Ok(reached.collect())
+    }
+}
+
+/// A conversation's messages, oldest first, by its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MessagesOf(pub Uuid, pub PageArgs);
+
+impl Loader<MessagesOf> for Batch {
+    type Value = Page<run_items::Model>;
+    type Error = Arc<Error>;
+
+    async fn load(&self, keys: &[MessagesOf]) -> Result<HashMap<MessagesOf, Self::Value>, Arc<Error>> {
+        let lists = keys.iter().map(|MessagesOf(conversation_id, args)| {
+            let runs = Query::select()
+                .column(runs::Column::Id)
+                .from(runs::Entity)
+                .and_where(runs::Column::ConversationId.eq(*conversation_id))
+                .to_owned();
+            let rows = self
+                .own::<run_items::Entity>()
+                .filter(run_items::Column::RunId.in_subquery(runs))
+                .filter(run_items::Column::Kind.eq("message"));
+            let then = Some(run_items::Column::Sequence);
+            (*conversation_id, *args, List { rows, sort: run_items::Column::RunId, then, order: Order::Asc })
+        });
+        let pages = pages(self.app.db.read(), lists.collect()).await.map_err(Arc::new)?;
+        Ok(pages.into_iter().map(|((id, args), page)| (MessagesOf(id, args), page)).collect())
+    }
+}

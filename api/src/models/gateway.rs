@@ -1,0 +1,369 @@
+//! A metered model call: reserve, send, stream, settle.
+//!
+//! The call runs in a task of its own. Once the request may have reached the provider the task goes
+//! on without its caller, to the provider's account of what it charged (60 s at most).
+
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use cloister_runtime::item::{RunErrorCode, TokenUsage};
+use cloister_runtime::model::{ModelError, ModelEvent, ModelRequest, ModelResponse, Part};
+use cloister_runtime::recorder::TurnRecorder;
+use cloister_runtime::spec::Lease;
+use entity::quota_reservations;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::catalog;
+use super::provider::{Answer, AnswerEvent, Completion, Cut, Provider, SendError};
+use super::tokens;
+use crate::app::App;
+use crate::error::Error;
+use crate::runs;
+use crate::tenants::changes::Change;
+use crate::usage::ledger;
+use crate::usage::quota::{self, Ask, CallOrigin, DEFAULT_MAX_OUTPUT, Denied, Reserved};
+
+/// How long a call goes on that nobody waits for any more.
+const DRAIN: Duration = Duration::from_secs(60);
+/// How often an open answer's reservation is extended and its output noted.
+const CHECKPOINT: Duration = Duration::from_secs(1);
+/// The longest that a provider's `Retry-After` is followed.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// Events that may wait for the caller before the provider is read no further.
+const BUFFER: usize = 64;
+
+/// Where a response's items go, in the transaction that settles its call.
+#[derive(Clone)]
+pub struct JournalWrite {
+    /// The right to write.
+    pub lease: Lease,
+    /// Turns the response into items.
+    pub recorder: TurnRecorder,
+}
+
+/// Makes a call. The stream ends with [`ModelEvent::Done`] or an error.
+pub fn call(
+    app: &App,
+    origin: CallOrigin,
+    request: ModelRequest,
+    journal: Option<JournalWrite>,
+) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
+    let (events, receiver) = mpsc::channel(BUFFER);
+    let call = Call { app: app.clone(), origin, request, journal, events };
+    app.tasks.spawn(call.run());
+    ReceiverStream::new(receiver).boxed()
+}
+
+struct Call {
+    app: App,
+    origin: CallOrigin,
+    request: ModelRequest,
+    journal: Option<JournalWrite>,
+    events: mpsc::Sender<Result<ModelEvent, ModelError>>,
+}
+
+/// What an attempt came to.
+enum Attempt {
+    /// The call is over.
+    Over(Result<ModelEvent, ModelError>),
+    /// Worth another attempt, after the wait that the provider asked for.
+    Again { message: String, wait: Option<Duration> },
+}
+
+impl Call {
+    async fn run(mut self) {
+        // Until something is sent there is nothing to meter, so the call ends with its caller.
+        let events = self.events.clone();
+        let last = match self.attempts().await {
+            Ok(last) => last,
+            Err(error) => {
+                tracing::error!(%error, inside = ?error, run_id = ?self.origin.run_id, "a model call failed on our side");
+                failed(RunErrorCode::Internal, error.to_string())
+            }
+        };
+        // The receiver may be gone; what had to be stored is stored.
+        let _ = events.send(last).await;
+    }
+
+    async fn attempts(&mut self) -> Result<Result<ModelEvent, ModelError>, Error> {
+        let model = self.origin.model.clone();
+        let Some(provider) = model.provider.clone() else {
+            let name = &model.model.provider;
+            let message = format!("The provider {name:?} of the model {:?} is not configured.", model.model.name);
+            return Ok(failed(RunErrorCode::ModelUnavailable, message));
+        };
+        let input_tokens = tokens::count_request(&self.request);
+        let ceiling = i64::from(model.model.max_output_tokens);
+        let max_output = self.request.max_output_tokens.map_or(DEFAULT_MAX_OUTPUT, i64::from).min(ceiling);
+        let mut backoff = ExponentialBuilder::default()
+            .with_jitter()
+            .with_min_delay(Duration::from_millis(250))
+            .with_max_delay(Duration::from_secs(8))
+            .with_max_times(model.attempts.saturating_sub(1) as usize)
+            .build();
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let ask = Ask { attempt, input_tokens, max_output };
+            let reserved = tokio::select! {
+                reserved = quota::reserve(&self.app, &self.origin, ask) => reserved,
+                () = self.events.closed() => return Ok(Err(ModelError::LeaseLost)),
+            };
+            let reserved = match reserved {
+                Ok(reserved) => reserved,
+                Err(denied) => return self.denied(denied),
+            };
+            let mut request = self.request.clone();
+            if reserved.max_output < max_output {
+                request.max_output_tokens = u32::try_from(reserved.max_output).ok();
+            }
+            let (message, wait) = match self.attempt(&provider, &request, reserved).await? {
+                Attempt::Over(last) => return Ok(last),
+                Attempt::Again { message, wait } => (message, wait),
+            };
+            let Some(pause) = backoff.next() else {
+                return Ok(failed(RunErrorCode::ModelUnavailable, message));
+            };
+            let pause = wait.map_or(pause, |wait| wait.min(LONGEST_WAIT).max(pause));
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.events.closed() => return Ok(Err(ModelError::LeaseLost)),
+            }
+        }
+    }
+
+    fn denied(&self, denied: Denied) -> Result<Result<ModelEvent, ModelError>, Error> {
+        match denied {
+            // Others' calls hold what is left: the run waits as if it were used up.
+            Denied::Exhausted | Denied::Busy => Ok(Err(ModelError::QuotaExhausted)),
+            Denied::RunLimit => Ok(failed(RunErrorCode::TokenLimit, "The run's maxTokens are used up.")),
+            Denied::Fault(error) => Err(error),
+        }
+    }
+
+    /// One attempt: from its reservation to its settlement or release.
+    async fn attempt(&self, provider: &Provider, request: &ModelRequest, reserved: Reserved) -> Result<Attempt, Error> {
+        let reservation = reserved.reservation;
+        quota::mark_sent(&self.app, reservation.call_id).await?;
+        let sending = provider.send(&self.origin.model.model.upstream, request);
+        let sent = self.while_open(&reservation, &|| 0, sending).await;
+        match sent {
+            Ok(answer) => self.stream(answer, &reservation).await.map(Attempt::Over),
+            Err(SendError::Retryable { message, retry_after }) => {
+                quota::release(&self.app, reservation.call_id).await?;
+                Ok(Attempt::Again { message, wait: retry_after })
+            }
+            Err(SendError::Rejected { status, message }) => {
+                quota::release(&self.app, reservation.call_id).await?;
+                let message = format!("The provider refused the request ({status}): {message}");
+                Ok(Attempt::Over(failed(RunErrorCode::ModelRejected, message)))
+            }
+            Err(SendError::Unknown { message }) => {
+                let usage = self.estimate(&reservation, &[]);
+                self.settle(&reservation, usage, None).await?;
+                Ok(Attempt::Again { message, wait: None })
+            }
+        }
+    }
+
+    /// Passes an answer on to the caller, and settles what it cost whatever becomes of either.
+    async fn stream(
+        &self,
+        answer: Answer,
+        reservation: &quota_reservations::Model,
+    ) -> Result<Result<ModelEvent, ModelError>, Error> {
+        let mut parts = PartialParts::default();
+        let mut answer = answer.events;
+        let mut abandoned_at: Option<Instant> = None;
+        let mut checkpoint = tokio::time::interval_at(Instant::now() + CHECKPOINT, CHECKPOINT);
+        checkpoint.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let drain_ends = abandoned_at.map(|since| since + DRAIN);
+            let event = tokio::select! {
+                event = answer.next() => event,
+                _ = checkpoint.tick() => {
+                    self.checkpoint(reservation, tokens::count_parts(&parts.0)).await;
+                    continue;
+                }
+                () = self.events.closed(), if abandoned_at.is_none() => {
+                    abandoned_at = Some(Instant::now());
+                    continue;
+                }
+                () = sleep_until(drain_ends) => {
+                    Some(Err(Cut { reason: "given up".to_owned(), partial: parts.0.clone(), usage: None }))
+                }
+            };
+            let progress = match event {
+                Some(Ok(AnswerEvent::Complete(completion))) => return self.complete(completion, reservation).await,
+                Some(Ok(AnswerEvent::Text { index, text })) => {
+                    parts.text(index, &text);
+                    ModelEvent::Text { index, text }
+                }
+                Some(Ok(AnswerEvent::Arguments { index, call_id, name, text })) => {
+                    parts.arguments(index, &name, &text);
+                    ModelEvent::Arguments { index, call_id, name, text }
+                }
+                Some(Err(cut)) => return self.cut(cut, reservation).await,
+                None => {
+                    let cut = Cut { reason: "the answer ended".to_owned(), partial: parts.0, usage: None };
+                    return self.cut(cut, reservation).await;
+                }
+            };
+            if abandoned_at.is_none() && self.events.send(Ok(progress)).await.is_err() {
+                abandoned_at = Some(Instant::now());
+            }
+        }
+    }
+
+    async fn complete(
+        &self,
+        completion: Completion,
+        reservation: &quota_reservations::Model,
+    ) -> Result<Result<ModelEvent, ModelError>, Error> {
+        let mut usage = completion.usage.unwrap_or_else(|| self.estimate(reservation, &completion.parts));
+        usage.cost_nano_usd = catalog::cost(&self.origin.model.price, &usage);
+        let response = ModelResponse { parts: completion.parts, finish: completion.finish, usage };
+        let journaled = self.settle(reservation, usage, Some(&response)).await?;
+        Ok(match (&self.journal, journaled) {
+            (Some(_), false) => Err(ModelError::LeaseLost),
+            _ => Ok(ModelEvent::Done { response, journaled }),
+        })
+    }
+
+    async fn cut(
+        &self,
+        cut: Cut,
+        reservation: &quota_reservations::Model,
+    ) -> Result<Result<ModelEvent, ModelError>, Error> {
+        let usage = cut.usage.unwrap_or_else(|| self.estimate(reservation, &cut.partial));
+        self.settle(reservation, usage, None).await?;
+        Ok(failed(RunErrorCode::ModelUnavailable, format!("The model's answer was cut off: {}", cut.reason)))
+    }
+
+    fn estimate(&self, reservation: &quota_reservations::Model, parts: &[Part]) -> TokenUsage {
+        TokenUsage {
+            input_tokens: reservation.input_tokens,
+            output_tokens: tokens::count_parts(parts),
+            estimated: true,
+            ..TokenUsage::default()
+        }
+    }
+
+    /// One transaction: the ledger, the reservation and, where there is a journal, the response's
+    /// items. Tries until the database takes it: what was charged must be recorded. Tells whether the
+    /// items were stored.
+    async fn settle(
+        &self,
+        reservation: &quota_reservations::Model,
+        mut usage: TokenUsage,
+        response: Option<&ModelResponse>,
+    ) -> Result<bool, Error> {
+        usage.cost_nano_usd = catalog::cost(&self.origin.model.price, &usage);
+        let mut pause = Duration::from_millis(50);
+        let stored = loop {
+            match self.try_settle(reservation, &usage, response).await {
+                Ok(stored) => break stored,
+                Err(error) => {
+                    tracing::error!(%error, inside = ?error, call_id = %reservation.call_id, "a call could not be settled yet");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(5));
+                }
+            }
+        };
+        let excess = usage.total_tokens() - reservation.tokens;
+        if excess > 0 {
+            tracing::warn!(call_id = %reservation.call_id, excess, "a provider charged more than was reserved");
+        }
+        self.app.releases.wake();
+        self.app.changes.publish(reservation.tenant_id, Change::Usage);
+        Ok(stored)
+    }
+
+    async fn try_settle(
+        &self,
+        reservation: &quota_reservations::Model,
+        usage: &TokenUsage,
+        response: Option<&ModelResponse>,
+    ) -> Result<bool, Error> {
+        let tx = self.app.db.begin().await?;
+        ledger::settle(&tx, reservation, usage).await?;
+        let mut appended = None;
+        if let (Some(journal), Some(response)) = (&self.journal, response) {
+            let steps = journal.recorder.steps(response);
+            let now = self.app.clock.now();
+            appended =
+                runs::journal::append_in(&self.app, &tx, journal.lease, journal.recorder.from_sequence, steps, now)
+                    .await?;
+        }
+        tx.commit().await?;
+        let stored = appended.is_some();
+        if let Some(appended) = appended {
+            runs::journal::publish(&self.app, appended);
+        }
+        Ok(stored)
+    }
+
+    /// Awaits what may take long while a reservation stands.
+    async fn while_open<T>(
+        &self,
+        reservation: &quota_reservations::Model,
+        output: &(dyn Fn() -> i64 + Sync),
+        future: impl Future<Output = T>,
+    ) -> T {
+        let mut extend = tokio::time::interval(CHECKPOINT * 10);
+        extend.tick().await;
+        tokio::pin!(future);
+        loop {
+            tokio::select! {
+                result = &mut future => return result,
+                _ = extend.tick() => self.checkpoint(reservation, output()).await,
+            }
+        }
+    }
+
+    async fn checkpoint(&self, reservation: &quota_reservations::Model, output: i64) {
+        if let Err(error) = quota::checkpoint(&self.app, reservation.call_id, output).await {
+            tracing::warn!(inside = ?error, call_id = %reservation.call_id, "a reservation was not extended");
+        }
+    }
+}
+
+/// What has arrived of an answer, to count it by.
+#[derive(Default)]
+struct PartialParts(Vec<Part>);
+
+impl PartialParts {
+    fn text(&mut self, index: u32, more: &str) {
+        match self.0.iter_mut().find(|part| matches!(part, Part::Message { index: at, .. } if *at == index)) {
+            Some(Part::Message { text, .. }) => text.push_str(more),
+            _ => self.0.push(Part::Message { index, text: more.to_owned() }),
+        }
+    }
+
+    fn arguments(&mut self, index: u32, called: &str, more: &str) {
+        match self.0.iter_mut().find(|part| matches!(part, Part::ToolCall { index: at, .. } if *at == index)) {
+            Some(Part::ToolCall { arguments, .. }) => arguments.push_str(more),
+            _ => self.0.push(Part::ToolCall {
+                index,
+                call_id: String::new(),
+                name: called.to_owned(),
+                arguments: more.to_owned(),
+            }),
+        }
+    }
+}
+
+fn failed(code: RunErrorCode, message: impl Into<String>) -> Result<ModelEvent, ModelError> {
+    Err(ModelError::Failed { code, message: message.into() })
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,241 @@
+//! The fair queue: who is claimed next, and by which right a worker holds a run.
+//!
+//! Start-time fair queueing. At its enqueue a run gets the virtual time
+//! `max(the pool's, the tenant's last) + 1 / weight`, and the least virtual time is claimed first. A row per
+//! tenant and pool is locked before its runs, so that caps never overshoot, and a capped tenant's
+//! backlog is never looked at.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use entity::runs::Status;
+use entity::{TenantOwned, runs, tenant_queues, tenants};
+use sea_orm::ActiveValue::Set;
+use sea_orm::sea_query::{Expr, LockBehavior, LockType, OnConflict};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, ExprTrait,
+    FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Statement,
+};
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::error::Error;
+
+/// The pool that the api's own workers claim from.
+pub const SHARED: &str = "shared";
+
+/// The pool whose workers execute a tenant's runs: the one place that decides it. There are no
+/// workers outside the api yet, so dedicated tenants' runs are executed here too.
+pub fn pool_of(_tenant: &tenants::Model) -> &'static str {
+    SHARED
+}
+
+/// Puts a run into its pool's queue.
+pub async fn enqueue(app: &App, tx: &DatabaseTransaction, run: runs::Model) -> Result<runs::Model, Error> {
+    let tenant = tenants::Entity::in_tenant(run.tenant_id).one(tx).await?;
+    let tenant = tenant.ok_or_else(|| Error::internal("a run of a tenant that is gone"))?;
+    let plan = app.plans.get(&tenant.plan)?;
+    let pool = pool_of(&tenant);
+    let max_running = if tenant.status == tenants::Status::Active { plan.max_concurrent_runs } else { 0 };
+    let queue = tenant_queues::ActiveModel {
+        tenant_id: Set(tenant.id),
+        pool: Set(pool.to_owned()),
+        running: Set(0),
+        max_running: Set(max_running),
+        last_vtime: Set(0.0),
+        next_vtime: Set(None),
+        claimed_vtime: Set(0.0),
+    };
+    tenant_queues::Entity::insert(queue)
+        .on_conflict(OnConflict::new().do_nothing().to_owned())
+        .exec_without_returning(tx)
+        .await?;
+    let vtime = next_vtime(tx, tenant.id, pool, 1.0 / f64::from(Ord::max(plan.weight, 1))).await?;
+    let mut row = run.into_active_model();
+    row.status = Set(Status::Queued);
+    row.pool = Set(pool.to_owned());
+    row.vtime = Set(Some(vtime));
+    row.lease_until = Set(None);
+    Ok(row.update(tx).await?)
+}
+
+#[derive(FromQueryResult)]
+struct LastVtime {
+    last_vtime: f64,
+}
+
+async fn next_vtime(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str, step: f64) -> Result<f64, Error> {
+    // The pool's own time is the greatest virtual time that was claimed.
+    let pool_vtime: Option<Option<f64>> = tenant_queues::Entity::across_tenants()
+        .filter(tenant_queues::Column::Pool.eq(pool))
+        .select_only()
+        .column_as(tenant_queues::Column::ClaimedVtime.max(), "vtime")
+        .into_tuple()
+        .one(tx)
+        .await?;
+    let sql = "UPDATE tenant_queues SET \
+               last_vtime = (CASE WHEN last_vtime > $4 THEN last_vtime ELSE $4 END) + $3, \
+               next_vtime = COALESCE(next_vtime, (CASE WHEN last_vtime > $4 THEN last_vtime ELSE $4 END) + $3) \
+               WHERE tenant_id = $1 AND pool = $2 RETURNING last_vtime";
+    let values = [tenant_id.into(), pool.into(), step.into(), pool_vtime.flatten().unwrap_or(0.0).into()];
+    let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
+    let row = LastVtime::find_by_statement(statement).one(tx).await?;
+    Ok(row.ok_or_else(|| Error::internal("a tenant's queue is gone"))?.last_vtime)
+}
+
+/// Claims up to `max` runs of a pool, the next in fair order first. Each has a new fencing token and
+/// a lease from now.
+pub async fn claim(app: &App, pool: &str, max: usize) -> Result<Vec<runs::Model>, Error> {
+    let waiting = tenant_queues::Entity::across_tenants().filter(claimable(pool));
+    if max == 0 || waiting.one(app.db.read()).await?.is_none() {
+        return Ok(Vec::new());
+    }
+    let now = app.clock.now();
+    let until = lease_from(app, now);
+    let tx = app.db.begin().await?;
+    let mut claimed = Vec::new();
+    while claimed.len() < max {
+        let mut head = tenant_queues::Entity::across_tenants()
+            .filter(claimable(pool))
+            .order_by_asc(tenant_queues::Column::NextVtime);
+        if tx.get_database_backend() == DbBackend::Postgres {
+            head = head.lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
+        }
+        let Some(queue) = head.one(&tx).await? else { break };
+        let head = runs::Entity::in_tenant(queue.tenant_id)
+            .filter(runs::Column::Pool.eq(pool))
+            .filter(runs::Column::Status.eq(Status::Queued))
+            .filter(runs::Column::Vtime.is_not_null())
+            .order_by_asc(runs::Column::Vtime)
+            .limit(2)
+            .all(&tx)
+            .await?;
+        let mut head = head.into_iter();
+        let run = head.next();
+        let mut row = queue.clone().into_active_model();
+        row.next_vtime = Set(head.next().and_then(|next| next.vtime));
+        if let Some(run) = run {
+            row.running = Set(queue.running + 1);
+            row.claimed_vtime = Set(f64::max(queue.claimed_vtime, run.vtime.unwrap_or(0.0)));
+            let (fence, started_at) = (run.fence + 1, run.started_at.unwrap_or(now));
+            let mut run = run.into_active_model();
+            run.status = Set(Status::Running);
+            run.fence = Set(fence);
+            run.lease_until = Set(Some(until));
+            run.started_at = Set(Some(started_at));
+            claimed.push(run.update(&tx).await?);
+        }
+        row.update(&tx).await?;
+    }
+    tx.commit().await?;
+    Ok(claimed)
+}
+
+fn claimable(pool: &str) -> sea_orm::Condition {
+    sea_orm::Condition::all()
+        .add(tenant_queues::Column::Pool.eq(pool))
+        .add(tenant_queues::Column::NextVtime.is_not_null())
+        .add(Expr::col(tenant_queues::Column::Running).lt(Expr::col(tenant_queues::Column::MaxRunning)))
+}
+
+/// When a lease that is taken or renewed at `now` lapses.
+pub fn lease_from(app: &App, now: DateTime<Utc>) -> DateTime<Utc> {
+    now + TimeDelta::seconds(i64::try_from(app.config.runs.lease_seconds).unwrap_or(30))
+}
+
+/// Locks a tenant's row in a pool, before its runs: the order that claims take too.
+pub async fn lock(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str) -> Result<(), Error> {
+    tenant_queues::Entity::in_tenant(tenant_id)
+        .filter(tenant_queues::Column::Pool.eq(pool))
+        .lock_exclusive()
+        .one(tx)
+        .await?;
+    Ok(())
+}
+
+/// Frees the place of a run that a worker held and that isn't waiting to be claimed again.
+pub async fn vacate(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str) -> Result<(), Error> {
+    tenant_queues::Entity::update_many()
+        .col_expr(tenant_queues::Column::Running, Expr::col(tenant_queues::Column::Running).sub(1))
+        .filter(tenant_queues::Column::TenantId.eq(tenant_id))
+        .filter(tenant_queues::Column::Pool.eq(pool))
+        .exec(tx)
+        .await?;
+    Ok(())
+}
+
+/// Notes a tenant's next run anew, after one was put back or taken out.
+pub async fn refresh_head(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str) -> Result<(), Error> {
+    let next: Option<Option<f64>> = runs::Entity::in_tenant(tenant_id)
+        .filter(runs::Column::Pool.eq(pool))
+        .filter(runs::Column::Status.eq(Status::Queued))
+        .select_only()
+        .column_as(runs::Column::Vtime.min(), "vtime")
+        .into_tuple()
+        .one(tx)
+        .await?;
+    tenant_queues::Entity::update_many()
+        .col_expr(tenant_queues::Column::NextVtime, Expr::value(next.flatten()))
+        .filter(tenant_queues::Column::TenantId.eq(tenant_id))
+        .filter(tenant_queues::Column::Pool.eq(pool))
+        .exec(tx)
+        .await?;
+    Ok(())
+}
+
+/// Which runs are taken back from their workers.
+#[derive(Clone, Copy, Debug)]
+pub enum Whose {
+    /// Those whose lease has lapsed.
+    Lapsed(DateTime<Utc>),
+    /// Every one: an embedded server's at its start, whose workers died with the one before.
+    Everyone,
+    /// A tenant's.
+    Tenant(Uuid),
+    /// One run, from the worker with this fencing token.
+    Held(Uuid, i64),
+}
+
+/// Puts runs that workers hold back into the queue, in their old place. The fence rises, so that
+/// whatever the worker still sends is refused.
+pub async fn take_back(tx: &DatabaseTransaction, whose: Whose) -> Result<Vec<runs::Model>, Error> {
+    let mut held = runs::Entity::across_tenants().filter(runs::Column::Status.eq(Status::Running));
+    held = match whose {
+        Whose::Lapsed(now) => held.filter(runs::Column::LeaseUntil.lt(now)),
+        Whose::Everyone => held,
+        Whose::Tenant(id) => held.filter(runs::Column::TenantId.eq(id)),
+        Whose::Held(id, fence) => held.filter(runs::Column::Id.eq(id)).filter(runs::Column::Fence.eq(fence)),
+    };
+    if tx.get_database_backend() == DbBackend::Postgres {
+        held = held.lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
+    }
+    let mut waiting = Vec::new();
+    for run in held.all(tx).await? {
+        let (tenant_id, pool, fence) = (run.tenant_id, run.pool.clone(), run.fence + 1);
+        let mut row = run.into_active_model();
+        row.status = Set(Status::Queued);
+        row.fence = Set(fence);
+        row.lease_until = Set(None);
+        waiting.push(row.update(tx).await?);
+        vacate(tx, tenant_id, &pool).await?;
+        refresh_head(tx, tenant_id, &pool).await?;
+    }
+    Ok(waiting)
+}
+
+/// Renews leases; those that were lost are returned.
+pub async fn renew(app: &App, held: Vec<(Uuid, i64)>) -> Result<Vec<Uuid>, Error> {
+    let until = lease_from(app, app.clock.now());
+    let mut lost = Vec::new();
+    for (id, fence) in held {
+        let renewed = runs::Entity::update_many()
+            .set(runs::ActiveModel { lease_until: Set(Some(until)), ..Default::default() })
+            .filter(runs::Column::Id.eq(id))
+            .filter(runs::Column::Fence.eq(fence))
+            .filter(runs::Column::Status.eq(Status::Running))
+            .exec(app.db.write())
+            .await?;
+        if renewed.rows_affected == 0 {
+            lost.push(id);
+        }
+    }
+    Ok(lost)
+}

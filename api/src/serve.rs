@@ -1,0 +1,180 @@
+//! `cloister serve`: from the configuration to a server that stops in good order.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::app::App;
+use crate::config::Config;
+use crate::db::{Db, ServeLock};
+use crate::error::Error;
+use crate::runs::{announce, pool, queue};
+use crate::usage::ledger;
+use crate::{http, keys, models};
+
+/// A server that is up.
+pub struct Server {
+    /// The application.
+    pub app: App,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// The platform admin's key, if it was made just now.
+    pub new_admin_key: Option<String>,
+    listener: TcpListener,
+    _lock: ServeLock,
+}
+
+impl Server {
+    /// Connects, checks the schema, takes over what a server before this one left behind, and listens.
+    pub async fn start(config: Config) -> Result<Self, String> {
+        let lock = ServeLock::take(&config)?;
+        let database = |error: &dyn std::fmt::Display| format!("database.url: {error}");
+        let db = Db::connect(&config).await.map_err(|error| database(&error))?;
+        let pending = db.pending_migrations().await.map_err(|error| database(&error))?;
+        if !pending.is_empty() {
+            return Err(format!(
+                "The database's schema is behind by {}: run `cloister migrate` first.",
+                pending.join(", ")
+            ));
+        }
+        let listen = config.server.listen;
+        let (app, new_admin_key) = App::new(config, db).await.map_err(inside)?;
+        if app.db.is_embedded() {
+            take_over(&app).await.map_err(inside)?;
+        }
+        let listener = TcpListener::bind(listen).await.map_err(|error| format!("server.listen {listen}: {error}"))?;
+        let address = listener.local_addr().map_err(|error| format!("server.listen {listen}: {error}"))?;
+        Ok(Self { app, address, new_admin_key, listener, _lock: lock })
+    }
+
+    /// Serves until SIGTERM or SIGINT; then finishes what is in flight, hands runs back, and returns.
+    pub async fn run(self) -> Result<(), String> {
+        let app = self.app;
+        // The first count in a process builds the tokenizer's tables; that must not wait for a caller.
+        tokio::task::spawn_blocking(|| models::tokens::count_text(""));
+        tokio::spawn(pool::work(app.clone()));
+        background(&app);
+        let stopping = app.stopping.clone();
+        tokio::spawn(async move {
+            asked_to_stop().await;
+            tracing::info!("stopping: finishing what is in flight");
+            stopping.cancel();
+        });
+        let grace = Duration::from_secs(app.config.server.shutdown_seconds);
+        let listener = axum::serve::ListenerExt::tap_io(self.listener, |connection| {
+            if let Err(error) = connection.set_nodelay(true) {
+                tracing::debug!(%error, "TCP_NODELAY was not set");
+            }
+        });
+        let serving = axum::serve(listener, http::router(app.clone()))
+            .with_graceful_shutdown(app.stopping.clone().cancelled_owned());
+        let drained = async {
+            app.stopping.cancelled().await;
+            app.tasks.close();
+            // Runs end at their turn's end; calls that nobody waits for are drained.
+            if tokio::time::timeout(grace, app.tasks.wait()).await.is_err() {
+                tracing::warn!("handing back what is still running");
+                pool::hand_back_all(&app).await;
+            }
+        };
+        let serving = async {
+            let until = async {
+                app.stopping.cancelled().await;
+                tokio::time::sleep(grace).await;
+            };
+            tokio::select! {
+                result = serving.into_future() => result.map_err(|error| format!("the server failed: {error}")),
+                () = until => Ok(()),
+            }
+        };
+        let ((), served) = tokio::join!(drained, serving);
+        if let Err(error) = keys::write_last_used(&app).await {
+            tracing::warn!(inside = ?error, "last uses of keys were not written");
+        }
+        tracing::info!("stopped");
+        served
+    }
+}
+
+fn inside(error: Error) -> String {
+    match error {
+        Error::Internal(inside) => inside,
+        error => error.to_string(),
+    }
+}
+
+/// Nobody else serves an embedded database: its leases and reservations were the last server's.
+async fn take_over(app: &App) -> Result<(), Error> {
+    let tx = app.db.begin().await?;
+    let waiting = queue::take_back(&tx, queue::Whose::Everyone).await?;
+    tx.commit().await?;
+    if !waiting.is_empty() {
+        tracing::info!(runs = waiting.len(), "taking up runs that the last server left unfinished");
+    }
+    ledger::sweep(app, true).await
+}
+
+/// What is done now and then.
+fn background(app: &App) {
+    let lease = Duration::from_secs(app.config.runs.lease_seconds);
+    every(app, lease / 3, "renewing leases", |app| async move { pool::renew_leases(&app).await });
+    every(app, lease / 6, "sweeping orphans", |app| async move { sweep(&app).await });
+    every(
+        app,
+        Duration::from_secs(5),
+        "writing last uses of keys",
+        |app| async move { keys::write_last_used(&app).await },
+    );
+    every(app, Duration::from_secs(30), "following the database's clock", |app| async move {
+        Ok(app.clock.follow(app.db.read()).await?)
+    });
+    every(app, Duration::from_secs(6 * 3_600), "making partitions", |app| async move {
+        Ok(migration::partitions::ensure(app.db.write(), 2).await?)
+    });
+}
+
+/// Takes back the runs whose workers are gone, and settles the calls whose process is.
+async fn sweep(app: &App) -> Result<(), Error> {
+    let tx = app.db.begin().await?;
+    let waiting = queue::take_back(&tx, queue::Whose::Lapsed(app.clock.now())).await?;
+    tx.commit().await?;
+    if !waiting.is_empty() {
+        announce(app, &waiting);
+        app.pool.wake();
+    }
+    ledger::sweep(app, false).await
+}
+
+fn every<F, Fut>(app: &App, pause: Duration, what: &'static str, work: F)
+where
+    F: Fn(App) -> Fut + Send + 'static,
+    Fut: Future<Output = Result<(), Error>> + Send,
+{
+    let app = app.clone();
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(pause);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            if let Err(error) = work(app.clone()).await {
+                tracing::warn!(inside = ?error, "{what} failed; trying again");
+            }
+        }
+    });
+}
+
+async fn asked_to_stop() {
+    let terminate = async {
+        match signal(SignalKind::terminate()) {
+            Ok(mut signal) => drop(signal.recv().await),
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = terminate => {}
+        result = tokio::signal::ctrl_c() => drop(result),
+    }
+}

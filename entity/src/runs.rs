@@ -1,0 +1,92 @@
+//! Runs: state, lease and place in the queue.
+
+use sea_orm::entity::prelude::*;
+
+/// Where a run stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EnumIter, DeriveActiveEnum)]
+#[sea_orm(rs_type = "String", db_type = "Text", rename_all = "snake_case")]
+pub enum Status {
+    /// Waits for a worker, or for the conversation's earlier run.
+    Queued,
+    /// A worker holds it.
+    Running,
+    /// Waits for a decision about a tool call.
+    WaitingApproval,
+    /// The month's tokens ran out.
+    PausedQuota,
+    /// Ended with an output.
+    Succeeded,
+    /// Ended with an error.
+    Failed,
+    /// Ended by its tenant.
+    Cancelled,
+}
+
+impl Status {
+    /// The states that end a run.
+    pub const TERMINAL: [Status; 3] = [Status::Succeeded, Status::Failed, Status::Cancelled];
+    /// The states in which a run holds its conversation.
+    pub const UNFINISHED: [Status; 4] = [Status::Queued, Status::Running, Status::WaitingApproval, Status::PausedQuota];
+}
+
+/// A run.
+#[sea_orm::model]
+#[derive(Clone, Debug, PartialEq, DeriveEntityModel)]
+#[sea_orm(table_name = "runs")]
+pub struct Model {
+    /// UUIDv7.
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    /// Whose it is.
+    pub tenant_id: Uuid,
+    /// The key that started it.
+    pub api_key_id: Option<Uuid>,
+    /// The agent that answers first.
+    pub agent_id: Uuid,
+    /// The version of it; none when the draft runs.
+    pub agent_version_id: Option<Uuid>,
+    /// The agent that answers now.
+    pub current_agent_id: Uuid,
+    /// What history it goes on from.
+    pub conversation_id: Option<Uuid>,
+    /// Where it stands.
+    pub status: Status,
+    /// The user's text.
+    pub input: String,
+    /// The final text.
+    pub output: Option<String>,
+    /// Why it failed, as the runtime's `RunErrorCode`.
+    pub error_code: Option<String>,
+    /// Why it failed, for people.
+    pub error_message: Option<String>,
+    /// Model responses stored so far.
+    pub turns: i32,
+    /// The most tokens the run may use.
+    pub max_tokens: Option<i64>,
+    /// Seconds from its first claim until it fails as TIMEOUT.
+    pub timeout_seconds: i32,
+    /// The runtime's `RunSpec`, frozen at the start; tokens in it are sealed.
+    pub spec: Json,
+    /// The caller's key against starting twice, unique in the tenant.
+    pub idempotency_key: Option<String>,
+    /// SHA-256 of the input that the key was first used with.
+    pub idempotency_hash: Option<String>,
+    /// Whose workers may claim it.
+    pub pool: String,
+    /// Its place in the pool's queue; none while it isn't in it.
+    pub vtime: Option<f64>,
+    /// Rises with each claim and with a cancel; an append must carry it (I3).
+    pub fence: i64,
+    /// When its claim lapses unless renewed.
+    pub lease_until: Option<DateTimeUtc>,
+    /// The sequence that the next item will have.
+    pub next_sequence: i64,
+    /// When it was started by its tenant.
+    pub created_at: DateTimeUtc,
+    /// When it was first claimed.
+    pub started_at: Option<DateTimeUtc>,
+    /// When it ended.
+    pub finished_at: Option<DateTimeUtc>,
+}
+
+impl ActiveModelBehavior for ActiveModel {}

@@ -1,0 +1,13 @@
+//! The agent loop, as a library without a database.
+//!
+//! [`run::run`] takes a [`spec::Claim`], asks a [`model::Model`], calls the tenant's webhooks and writes
+//! what happens to a [`journal::Journal`]. Who implements the two traits decides where it runs: the
+//! api process (shared pool) or a worker in the tenant's own namespace.
+
+pub mod item;
+pub mod journal;
+pub mod model;
+pub mod recorder;
+pub mod run;
+pub mod spec;
+pub mod webhook;

@@ -1,0 +1,166 @@
+//! From a model's response to the journal's items: the one place that decides what a response leaves behind.
+
+use std::collections::HashSet;
+
+use crate::item::{Body, Role, RunErrorCode, Step, arguments_hash};
+use crate::model::{Finish, ModelResponse, Part};
+
+/// What is known of a turn before its response arrives. It owns all it needs, since the
+/// response may be recorded after the loop that asked for it is gone.
+#[derive(Clone, Debug)]
+pub struct TurnRecorder {
+    /// The turn, from 1.
+    pub turn: u32,
+    /// The agent at work.
+    pub agent_name: String,
+    /// The catalogue's name of the model.
+    pub model: String,
+    /// The sequence that the response's first item will have.
+    pub from_sequence: i64,
+    /// Call ids the run has used.
+    pub used_call_ids: HashSet<String>,
+}
+
+impl TurnRecorder {
+    /// The response's items in their order: parts by index, then what it cost, then the run's end if the
+    /// response can't be used. They are one append, made before any tool starts.
+    pub fn steps(&self, response: &ModelResponse) -> Vec<Step> {
+        let mut ids = self.call_ids();
+        let mut bodies: Vec<Body> = response
+            .parts
+            .iter()
+            .filter_map(|part| match part {
+                Part::Reasoning { index, text } => Some(Body::Reasoning { index: *index, text: text.clone() }),
+                Part::Message { index, text } => {
+                    Some(Body::Message { index: Some(*index), role: Role::Assistant, text: text.clone() })
+                }
+                Part::Refusal { .. } => None,
+                Part::ToolCall { index, call_id, name, arguments } => Some(Body::ToolCall {
+                    index: *index,
+                    call_id: ids.assign(*index, call_id),
+                    name: name.clone(),
+                    arguments: arguments.clone(),
+                    arguments_hash: arguments_hash(arguments),
+                }),
+            })
+            .collect();
+        bodies.push(Body::Usage { model: self.model.clone(), usage: response.usage });
+        let mut steps: Vec<Step> = bodies.into_iter().map(|body| self.step(body)).collect();
+        if let Some((code, message)) = unusable(response) {
+            // A change of state stands outside the turn, like every other.
+            steps.push(Step { turn: None, ..self.step(Body::failed(code, message)) });
+        }
+        steps
+    }
+
+    /// An item of this turn.
+    pub fn step(&self, body: Body) -> Step {
+        Step { agent_name: self.agent_name.clone(), turn: Some(self.turn), body }
+    }
+
+    /// Gives the response's calls their ids, in order.
+    pub fn call_ids(&self) -> CallIds {
+        CallIds { turn: self.turn, used: self.used_call_ids.clone(), assigned: Vec::new() }
+    }
+}
+
+/// Gives each call of a response the id it has in the journal: the provider's, or ours where
+/// that is empty or was used before in the run (compatible servers repeat them).
+#[derive(Debug)]
+pub struct CallIds {
+    turn: u32,
+    used: HashSet<String>,
+    assigned: Vec<(u32, String)>,
+}
+
+impl CallIds {
+    /// The id of the call at `index`; the same for each delta of it.
+    pub fn assign(&mut self, index: u32, provider_id: &str) -> String {
+        if let Some((_, id)) = self.assigned.iter().find(|(at, _)| *at == index) {
+            return id.clone();
+        }
+        let mut id = provider_id.to_owned();
+        if id.is_empty() || self.used.contains(&id) {
+            id = format!("call_{}_{index}", self.turn);
+            while self.used.contains(&id) {
+                id.push('x');
+            }
+        }
+        self.used.insert(id.clone());
+        self.assigned.push((index, id.clone()));
+        id
+    }
+}
+
+/// Why a response ends the run as failed, if it does. Beside calls nothing does: they are handled, and the model
+/// goes on.
+fn unusable(response: &ModelResponse) -> Option<(RunErrorCode, String)> {
+    if response.parts.iter().any(|part| matches!(part, Part::ToolCall { .. })) {
+        return None;
+    }
+    let refusal: String = response
+        .parts
+        .iter()
+        .filter_map(|part| match part {
+            Part::Refusal { text } => Some(text.as_str()),
+            _ => None,
+        })
+        .collect();
+    if !refusal.is_empty() {
+        return Some((RunErrorCode::ModelRefusal, format!("The model refused to answer: {refusal}")));
+    }
+    if response.parts.iter().any(|part| matches!(part, Part::Message { text, .. } if !text.is_empty())) {
+        return None;
+    }
+    match response.finish {
+        Finish::Stop => None,
+        Finish::Length => {
+            Some((RunErrorCode::ModelBehavior, "The model used up its output tokens before it said anything.".into()))
+        }
+        Finish::ContentFilter => {
+            Some((RunErrorCode::ModelRefusal, "The provider's content filter withheld the answer.".into()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::item::TokenUsage;
+
+    fn response(parts: Vec<Part>, finish: Finish) -> ModelResponse {
+        ModelResponse { parts, finish, usage: TokenUsage::default() }
+    }
+
+    fn text(text: &str) -> Part {
+        Part::Message { index: 1, text: text.into() }
+    }
+
+    fn refusal() -> Part {
+        Part::Refusal { text: "No.".into() }
+    }
+
+    fn tool_call() -> Part {
+        Part::ToolCall { index: 2, call_id: "c".into(), name: "t".into(), arguments: "{}".into() }
+    }
+
+    #[test]
+    fn refusals_count_unless_there_are_calls() {
+        let code = |parts, finish| unusable(&response(parts, finish)).map(|(code, _)| code);
+        let refused = Some(RunErrorCode::ModelRefusal);
+        assert_eq!(code(vec![refusal()], Finish::Stop), refused);
+        assert_eq!(code(vec![text("But"), refusal()], Finish::Stop), refused);
+        assert_eq!(code(vec![refusal(), tool_call()], Finish::Stop), None);
+    }
+
+    #[test]
+    fn an_empty_message_fails_by_its_finish() {
+        let code = |parts, finish| unusable(&response(parts, finish)).map(|(code, _)| code);
+        assert_eq!(code(vec![], Finish::Stop), None);
+        assert_eq!(code(vec![text("")], Finish::Length), Some(RunErrorCode::ModelBehavior));
+        assert_eq!(code(vec![], Finish::ContentFilter), Some(RunErrorCode::ModelRefusal));
+        assert_eq!(code(vec![text("Half")], Finish::Length), None);
+        assert_eq!(code(vec![text("Half")], Finish::ContentFilter), None);
+        assert_eq!(code(vec![tool_call()], Finish::Length), None);
+    }
+}

@@ -1,0 +1,579 @@
+//! The loop against a scripted model, a journal in memory and endpoints on this machine.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Mutex;
+
+use async_trait::async_trait;
+use chrono::TimeDelta;
+use futures_util::stream::{self, BoxStream};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use uuid::Uuid;
+
+use super::*;
+use crate::item::{Role, RunError, TokenUsage};
+use crate::model::{Finish, ModelRequest, Part};
+use crate::spec::{AgentSpec, Handoff, ModelSettings, ToolUseBehavior, WebhookTool};
+use crate::webhook::AddressPolicy;
+
+type Script = Vec<Result<ModelEvent, ModelError>>;
+
+/// Plays one script a call; out of scripts, it never answers.
+#[derive(Default)]
+struct ScriptedModel {
+    scripts: Mutex<VecDeque<Script>>,
+    requests: Mutex<Vec<ModelRequest>>,
+}
+
+impl Model for ScriptedModel {
+    fn respond(&self, call: ModelCall) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
+        self.requests.lock().unwrap().push(call.request);
+        match self.scripts.lock().unwrap().pop_front() {
+            Some(script) => stream::iter(script).boxed(),
+            None => stream::pending().boxed(),
+        }
+    }
+}
+
+#[derive(Default)]
+struct MemoryJournal {
+    items: Mutex<Vec<Item>>,
+    appends: Mutex<Vec<usize>>,
+    progress: Mutex<Vec<Progress>>,
+    refusals: Mutex<Vec<JournalError>>,
+}
+
+#[async_trait]
+impl Journal for MemoryJournal {
+    async fn append(&self, _: Lease, from_sequence: i64, steps: Vec<Step>) -> Result<(), JournalError> {
+        if let Some(refusal) = self.refusals.lock().unwrap().pop() {
+            return Err(refusal);
+        }
+        let mut items = self.items.lock().unwrap();
+        assert_eq!(from_sequence, items.len() as i64 + 1);
+        self.appends.lock().unwrap().push(steps.len());
+        for step in steps {
+            let sequence = items.len() as i64 + 1;
+            items.push(Item { sequence, created_at: DateTime::UNIX_EPOCH, step });
+        }
+        Ok(())
+    }
+
+    async fn progress(&self, _: Lease, progress: Progress) {
+        self.progress.lock().unwrap().push(progress);
+    }
+}
+
+/// A run with all around it.
+struct Stage {
+    model: Arc<ScriptedModel>,
+    journal: Arc<MemoryJournal>,
+    stop: Stop,
+    spec: RunSpec,
+    fence: i64,
+    deadline: DateTime<Utc>,
+}
+
+impl Stage {
+    /// The first of `agents` is the root.
+    fn new(agents: Vec<AgentSpec>) -> Self {
+        let stage = Stage {
+            model: Arc::default(),
+            journal: Arc::default(),
+            stop: Stop::default(),
+            spec: RunSpec {
+                run_id: Uuid::nil(),
+                root: agents[0].id,
+                agents: agents.into_iter().map(|agent| (agent.id, agent)).collect::<BTreeMap<_, _>>(),
+                input: "Hi".into(),
+            },
+            fence: 1,
+            deadline: in_milliseconds(60_000),
+        };
+        stage.store(None, Body::Message { index: None, role: Role::User, text: "Hi".into() });
+        stage
+    }
+
+    /// The model's next response.
+    fn responds(self, parts: Vec<Part>) -> Self {
+        self.plays(vec![Ok(done(parts, Finish::Stop))])
+    }
+
+    fn plays(self, script: Script) -> Self {
+        self.model.scripts.lock().unwrap().push_back(script);
+        self
+    }
+
+    fn store(&self, turn: Option<u32>, body: Body) {
+        let mut items = self.journal.items.lock().unwrap();
+        let sequence = items.len() as i64 + 1;
+        let step = Step { agent_name: "A".into(), turn, body };
+        items.push(Item { sequence, created_at: DateTime::UNIX_EPOCH, step });
+    }
+
+    fn claim(&self) -> Claim {
+        Claim {
+            lease: Lease { run_id: self.spec.run_id, fence: self.fence },
+            spec: self.spec.clone(),
+            history: vec![InputItem::Assistant { text: "Earlier".into() }],
+            items: self.journal.items.lock().unwrap().clone(),
+            deadline: self.deadline,
+            webhook_secrets: vec![],
+        }
+    }
+
+    async fn run(&self) -> Outcome {
+        self.run_claim(self.claim()).await
+    }
+
+    async fn run_claim(&self, claim: Claim) -> Outcome {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let policy = AddressPolicy { allowed_hosts: vec!["127.0.0.1".into()] };
+        let ports = Ports {
+            model: self.model.clone(),
+            journal: self.journal.clone(),
+            webhooks: WebhookClient::new(policy).unwrap(),
+        };
+        let stop = self.stop.clone();
+        // In a task, as workers do it.
+        tokio::spawn(async move { run(claim, &ports, &stop).await }).await.unwrap()
+    }
+
+    fn bodies(&self) -> Vec<Body> {
+        self.journal.items.lock().unwrap().iter().map(|item| item.step.body.clone()).collect()
+    }
+
+    /// Call ids and outputs, as they were stored.
+    fn outputs(&self) -> Vec<(String, String)> {
+        let output = |body| match body {
+            Body::ToolOutput { call_id, output, .. } | Body::Handoff { call_id, output, .. } => Some((call_id, output)),
+            _ => None,
+        };
+        self.bodies().into_iter().filter_map(output).collect()
+    }
+
+    fn end(&self) -> (RunStatus, Option<RunErrorCode>, Option<String>) {
+        match self.bodies().pop() {
+            Some(Body::Status { status, error, output }) => (status, error.map(|RunError { code, .. }| code), output),
+            other => panic!("ends with {other:?}"),
+        }
+    }
+
+    fn assert_succeeded(&self, output: &str) {
+        assert_eq!(self.end(), (RunStatus::Succeeded, None, Some(output.to_owned())));
+    }
+
+    fn assert_failed(&self, code: RunErrorCode) {
+        assert_eq!(self.end(), (RunStatus::Failed, Some(code), None));
+    }
+
+    fn request(&self, index: usize) -> ModelRequest {
+        self.model.requests.lock().unwrap()[index].clone()
+    }
+
+    fn request_count(&self) -> usize {
+        self.model.requests.lock().unwrap().len()
+    }
+
+    /// The outputs that a request shows, by call id.
+    fn shown(&self, request: usize) -> Vec<String> {
+        let call_id = |item| match item {
+            InputItem::ToolOutput { call_id, .. } => Some(call_id),
+            _ => None,
+        };
+        self.request(request).input.into_iter().filter_map(call_id).collect()
+    }
+}
+
+fn agent(name: &str) -> AgentSpec {
+    AgentSpec {
+        id: id_of(name),
+        version: Some(1),
+        name: name.into(),
+        model: "m".into(),
+        instructions: format!("You are {name}."),
+        settings: ModelSettings::default(),
+        tools: vec![],
+        handoffs: vec![],
+        tool_use_behavior: ToolUseBehavior::RunLlmAgain,
+        stop_at_tools: vec![],
+        max_turns: 10,
+        reset_tool_choice: true,
+        max_tool_concurrency: 8,
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the loop's own clock")]
+fn in_milliseconds(milliseconds: i64) -> DateTime<Utc> {
+    Utc::now() + TimeDelta::milliseconds(milliseconds)
+}
+
+/// An agent's id follows from its name.
+fn id_of(name: &str) -> Uuid {
+    Uuid::from_u128(name.bytes().fold(0, |sum, byte| sum * 256 + u128::from(byte)))
+}
+
+fn with_handoffs(mut agent: AgentSpec, to: &[&str]) -> AgentSpec {
+    agent.handoffs = to
+        .iter()
+        .map(|name| Handoff {
+            agent_id: id_of(name),
+            tool_name: Handoff::default_tool_name(name),
+            tool_description: Handoff::default_tool_description(name, ""),
+        })
+        .collect();
+    agent
+}
+
+fn with_tools(mut agent: AgentSpec, tools: Vec<WebhookTool>) -> AgentSpec {
+    agent.tools = tools;
+    agent
+}
+
+fn tool(name: &str, url: &str) -> WebhookTool {
+    WebhookTool {
+        name: name.into(),
+        description: String::new(),
+        parameters: json!({ "type": "object" }),
+        url: url.into(),
+        token: None,
+        timeout_ms: 5_000,
+    }
+}
+
+fn text(text: &str) -> Part {
+    Part::Message { index: 1, text: text.into() }
+}
+
+fn call(index: u32, name: &str) -> Part {
+    Part::ToolCall { index, call_id: format!("{name}{index}"), name: name.into(), arguments: String::new() }
+}
+
+fn done(parts: Vec<Part>, finish: Finish) -> ModelEvent {
+    ModelEvent::Done { response: ModelResponse { parts, finish, usage: TokenUsage::default() }, journaled: false }
+}
+
+/// Answers every POST with `output`, after `delay`, and remembers the idempotency keys.
+async fn endpoint(output: &'static str, delay: Duration) -> (String, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let keys = Arc::new(Mutex::new(Vec::new()));
+    let seen = keys.clone();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let seen = seen.clone();
+            tokio::spawn(async move {
+                let mut request = Vec::new();
+                while !request.ends_with(b"}") {
+                    let mut buffer = [0; 1024];
+                    let read = socket.read(&mut buffer).await.unwrap();
+                    request.extend_from_slice(&buffer[..read]);
+                }
+                let request = String::from_utf8(request).unwrap();
+                let key = request.lines().find_map(|line| line.strip_prefix("idempotency-key: ")).unwrap();
+                seen.lock().unwrap().push(key.to_owned());
+                sleep(delay).await;
+                let answer =
+                    format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{output}", output.len());
+                let _ = socket.write_all(answer.as_bytes()).await;
+            });
+        }
+    });
+    (url, keys)
+}
+
+#[tokio::test]
+async fn a_text_is_the_output() {
+    let stage = Stage::new(vec![agent("A")]).plays(vec![
+        Ok(ModelEvent::Text { index: 1, text: "Hal".into() }),
+        Ok(ModelEvent::Restarted),
+        Ok(ModelEvent::Text { index: 1, text: "Hé".into() }),
+        Ok(ModelEvent::Text { index: 1, text: "llo".into() }),
+        Ok(done(vec![text("Héllo")], Finish::Stop)),
+    ]);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_succeeded("Héllo");
+    assert_eq!(*stage.journal.appends.lock().unwrap(), [2, 1]);
+    let delta = |offset, text: &str| Progress::Text { turn: 1, index: 1, offset, text: text.into() };
+    let progress = [delta(0, "Hal"), Progress::Restarted { turn: 1 }, delta(0, "Hé"), delta(3, "llo")];
+    assert_eq!(*stage.journal.progress.lock().unwrap(), progress);
+    let request = stage.request(0);
+    assert_eq!(request.instructions, "You are A.");
+    assert_eq!(request.input, [InputItem::Assistant { text: "Earlier".into() }, InputItem::User { text: "Hi".into() }]);
+}
+
+#[tokio::test]
+async fn what_the_gateway_stored_is_not_appended_again() {
+    let stage = Stage::new(vec![agent("A")]);
+    let response = ModelResponse { parts: vec![text("X")], finish: Finish::Stop, usage: TokenUsage::default() };
+    let stage = stage.plays(vec![Ok(ModelEvent::Done { response, journaled: true })]);
+    let claim = stage.claim();
+    // The gateway's own append, which it makes before it says that it is done.
+    stage.store(Some(1), Body::Message { index: Some(1), role: Role::Assistant, text: "X".into() });
+    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default() });
+    assert_eq!(stage.run_claim(claim).await, Outcome::Ended);
+    stage.assert_succeeded("X");
+    assert_eq!(*stage.journal.appends.lock().unwrap(), [1]);
+}
+
+#[tokio::test]
+async fn outputs_stand_in_call_order_fresh_and_resumed() {
+    let (slow, _) = endpoint("slow", Duration::from_millis(200)).await;
+    let (fast, _) = endpoint("fast", Duration::ZERO).await;
+    let root = with_handoffs(agent("A"), &["B", "C"]);
+    let root = with_tools(root, vec![tool("slow", &slow), tool("fast", &fast)]);
+    let calls =
+        vec![call(2, "transfer_to_c"), call(3, "nope"), call(4, "transfer_to_b"), call(5, "slow"), call(6, "fast")];
+    let stage = Stage::new(vec![root, agent("B"), agent("C")]).responds(calls).responds(vec![text("Bye")]);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_succeeded("Bye");
+    let stored = [
+        ("fast6", "fast"),
+        ("slow5", "slow"),
+        ("nope3", "Tool 'nope' not found."),
+        ("transfer_to_b4", "Multiple handoffs detected, ignoring this one."),
+        ("transfer_to_c2", r#"{"assistant": "C"}"#),
+    ];
+    assert_eq!(stage.outputs(), stored.map(|(id, output)| (id.to_owned(), output.to_owned())));
+    let shown = ["slow5", "fast6", "nope3", "transfer_to_b4", "transfer_to_c2"];
+    assert_eq!(stage.shown(1), shown);
+    assert_eq!(stage.request(1).instructions, "You are C.");
+
+    // The same from the journal alone.
+    stage.journal.items.lock().unwrap().truncate(12);
+    let resumed = stage.responds(vec![text("Bye")]);
+    assert_eq!(resumed.run().await, Outcome::Ended);
+    assert_eq!(resumed.shown(2), shown);
+    assert_eq!(resumed.request(2), resumed.request(1));
+}
+
+#[tokio::test]
+async fn handoffs_are_offered_after_the_tools() {
+    let root = with_tools(with_handoffs(agent("A"), &["Bö B"]), vec![tool("t", "http://127.0.0.1:1/")]);
+    let stage = Stage::new(vec![root, agent("Bö B")]).responds(vec![text("X")]);
+    stage.run().await;
+    let tools = stage.request(0).tools;
+    assert_eq!(
+        tools.iter().map(|tool| (tool.name.as_str(), tool.strict)).collect::<Vec<_>>(),
+        [("t", false), ("transfer_to_b__b", true)]
+    );
+    assert_eq!(tools[1].description, "Handoff to the Bö B agent to handle the request. ");
+    let schema = json!({ "additionalProperties": false, "type": "object", "properties": {}, "required": [] });
+    assert_eq!(tools[1].parameters, schema);
+}
+
+#[tokio::test]
+async fn max_turns_calls_are_made_and_the_last_ones_tools_run() {
+    let (url, keys) = endpoint("ok", Duration::ZERO).await;
+    let mut root = with_tools(agent("A"), vec![tool("t", &url)]);
+    root.max_turns = 2;
+    let stage = Stage::new(vec![root]).responds(vec![call(2, "t")]).responds(vec![call(2, "t")]);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_failed(RunErrorCode::MaxTurns);
+    assert_eq!(stage.request_count(), 2);
+    assert_eq!(stage.outputs().len(), 2);
+    // The id of the second call was used before.
+    assert_eq!(stage.outputs()[1].0, "call_2_2");
+    let id = Uuid::nil();
+    assert_eq!(*keys.lock().unwrap(), [format!("{id}:1.0"), format!("{id}:2.0")]);
+}
+
+#[tokio::test]
+async fn tools_can_end_the_run() {
+    let (url, _) = endpoint("sunny", Duration::ZERO).await;
+    for (behavior, called, requests) in [
+        (ToolUseBehavior::StopOnFirstTool, vec![call(2, "nope"), call(3, "a"), call(4, "b")], 1),
+        (ToolUseBehavior::StopAtTools, vec![call(2, "a"), call(3, "b")], 1),
+        (ToolUseBehavior::StopAtTools, vec![call(2, "a")], 2),
+        (ToolUseBehavior::StopOnFirstTool, vec![call(2, "nope")], 2),
+    ] {
+        let mut root = with_tools(agent("A"), vec![tool("a", &url), tool("b", &url)]);
+        root.tool_use_behavior = behavior;
+        root.stop_at_tools = vec!["b".into()];
+        let stage = Stage::new(vec![root]).responds(called).responds(vec![text("sunny")]);
+        assert_eq!(stage.run().await, Outcome::Ended);
+        stage.assert_succeeded("sunny");
+        assert_eq!(stage.request_count(), requests, "{behavior:?}");
+    }
+}
+
+#[tokio::test]
+async fn tool_choice_is_dropped_for_an_agent_that_has_used_a_tool() {
+    let forcing = |name, to: &str| {
+        let mut agent = with_handoffs(agent(name), &[to]);
+        agent.settings.tool_choice = Some("required".into());
+        agent
+    };
+    let mut stubborn = forcing("B", "A");
+    stubborn.reset_tool_choice = false;
+    let stage = Stage::new(vec![forcing("A", "B"), stubborn])
+        .responds(vec![call(2, "transfer_to_b")])
+        .responds(vec![call(2, "transfer_to_a")])
+        .responds(vec![call(3, "transfer_to_b")])
+        .responds(vec![text("X")]);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    let choices: Vec<bool> = (0..4).map(|turn| stage.request(turn).tool_choice.is_some()).collect();
+    assert_eq!(choices, [true, true, false, true]);
+}
+
+#[tokio::test]
+async fn failures_of_tools_are_told_to_the_model() {
+    let (url, keys) = endpoint("late", Duration::from_secs(60)).await;
+    let mut late = tool("late", &url);
+    late.timeout_ms = 150;
+    let mut picky = tool("picky", &url);
+    picky.parameters = json!({ "type": "object", "required": ["city"] });
+    let gone = tool("gone", "http://127.0.0.1:1/");
+    let stage = Stage::new(vec![with_tools(agent("A"), vec![late, picky, gone])])
+        .responds(vec![call(2, "late"), call(3, "picky"), call(4, "gone")])
+        .responds(vec![text("X")]);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    let mut outputs = stage.outputs();
+    outputs.sort();
+    let failed = "An error occurred while running the tool. Please try again.";
+    assert_eq!(
+        outputs.iter().map(|(_, output)| output.as_str()).collect::<Vec<_>>(),
+        [failed, "Tool 'late' timed out after 0.15 seconds.", failed]
+    );
+    assert_eq!(keys.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn open_calls_are_made_again_with_the_same_key() {
+    let (url, keys) = endpoint("ok", Duration::ZERO).await;
+    let mut stage = Stage::new(vec![with_tools(agent("A"), vec![tool("t", &url)])]).responds(vec![text("X")]);
+    for (index, call_id) in [(2, "c0"), (3, "c1")] {
+        let (name, arguments) = ("t".to_owned(), String::new());
+        let call_id = call_id.to_owned();
+        stage.store(Some(1), Body::ToolCall { index, call_id, name, arguments, arguments_hash: String::new() });
+    }
+    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default() });
+    stage.store(Some(1), Body::output("c0", "ok", false));
+    stage.store(None, Body::status(RunStatus::Queued));
+    stage.fence = 2;
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_succeeded("X");
+    assert_eq!(*keys.lock().unwrap(), [format!("{}:1.1", Uuid::nil())]);
+    assert_eq!(stage.request_count(), 1);
+    // Nobody can have been at turn 2.
+    assert!(stage.journal.progress.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_response_that_was_not_acted_on_is() {
+    let stage = Stage::new(vec![agent("A")]);
+    stage.store(Some(1), Body::Message { index: Some(1), role: Role::Assistant, text: "Done".into() });
+    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default() });
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_succeeded("Done");
+    assert_eq!(stage.request_count(), 0);
+    // An ended run is left as it is.
+    let stored = stage.bodies();
+    assert_eq!(stage.run().await, Outcome::Ended);
+    assert_eq!(stage.bodies(), stored);
+}
+
+#[tokio::test]
+async fn a_turn_taken_over_begins_again() {
+    let mut stage = Stage::new(vec![agent("A")]).responds(vec![text("X")]);
+    stage.fence = 2;
+    assert_eq!(stage.run().await, Outcome::Ended);
+    assert_eq!(*stage.journal.progress.lock().unwrap(), [Progress::Restarted { turn: 1 }]);
+}
+
+#[tokio::test]
+async fn model_errors_end_or_pause_the_run() {
+    let failed = ModelError::Failed { code: RunErrorCode::ModelRejected, message: "400".into() };
+    let stage = Stage::new(vec![agent("A")]).plays(vec![Err(failed)]);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_failed(RunErrorCode::ModelRejected);
+
+    let stage = Stage::new(vec![agent("A")]).plays(vec![Err(ModelError::LeaseLost)]);
+    assert_eq!(stage.run().await, Outcome::LeaseLost);
+    assert_eq!(stage.bodies().len(), 1);
+
+    let stage = Stage::new(vec![agent("A")]).plays(vec![Err(ModelError::QuotaExhausted)]);
+    assert_eq!(stage.run().await, Outcome::Paused);
+    assert_eq!(stage.end(), (RunStatus::PausedQuota, None, None));
+    let resumed = stage.responds(vec![text("X")]);
+    assert_eq!(resumed.run().await, Outcome::Ended);
+    resumed.assert_succeeded("X");
+
+    let stage = Stage::new(vec![agent("A")]).plays(vec![Ok(done(vec![], Finish::Length))]);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_failed(RunErrorCode::ModelBehavior);
+    assert_eq!(*stage.journal.appends.lock().unwrap(), [2]);
+
+    let stage = Stage::new(vec![agent("A")]).plays(vec![]);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_failed(RunErrorCode::Internal);
+}
+
+#[tokio::test]
+async fn time_over_answers_open_calls() {
+    let (slow, _) = endpoint("slow", Duration::from_secs(60)).await;
+    let (fast, _) = endpoint("fast", Duration::ZERO).await;
+    let root = with_tools(with_handoffs(agent("A"), &["A"]), vec![tool("slow", &slow), tool("fast", &fast)]);
+    let mut stage = Stage::new(vec![root]).responds(vec![call(2, "slow"), call(3, "fast"), call(4, "transfer_to_a")]);
+    stage.deadline = in_milliseconds(400);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_failed(RunErrorCode::Timeout);
+    let stored = [
+        ("fast3", "fast"),
+        ("slow2", "Tool 'slow' was cut off: the run's time is over."),
+        ("transfer_to_a4", "Tool 'transfer_to_a' was cut off: the run's time is over."),
+    ];
+    assert_eq!(stage.outputs(), stored.map(|(id, output)| (id.to_owned(), output.to_owned())));
+    assert_eq!(*stage.journal.appends.lock().unwrap(), [4, 1, 3]);
+
+    // Past before it began: no model call is made.
+    let mut stage = Stage::new(vec![agent("A")]).responds(vec![text("X")]);
+    stage.deadline = in_milliseconds(-1_000);
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_failed(RunErrorCode::Timeout);
+    assert_eq!(stage.request_count(), 0);
+}
+
+#[tokio::test]
+async fn a_run_can_be_stopped() {
+    let stage = Stage::new(vec![agent("A")]);
+    let abandon = async {
+        while stage.request_count() == 0 {
+            tokio::task::yield_now().await;
+        }
+        stage.stop.abandon.cancel();
+    };
+    let (outcome, ()) = tokio::join!(stage.run(), abandon);
+    assert_eq!(outcome, Outcome::LeaseLost);
+    assert_eq!(stage.bodies().len(), 1);
+
+    let (url, _) = endpoint("ok", Duration::ZERO).await;
+    let stage = Stage::new(vec![with_tools(agent("A"), vec![tool("t", &url)])]).responds(vec![text("X")]);
+    let (call_id, name, arguments) = ("c".to_owned(), "t".to_owned(), String::new());
+    stage.store(Some(1), Body::ToolCall { index: 2, call_id, name, arguments, arguments_hash: String::new() });
+    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default() });
+    stage.stop.hand_back.cancel();
+    assert_eq!(stage.run().await, Outcome::HandedBack);
+    assert_eq!((stage.outputs().len(), stage.request_count()), (1, 0));
+}
+
+#[tokio::test]
+async fn the_journal_is_waited_for() {
+    let stage = Stage::new(vec![agent("A")]).responds(vec![text("X")]);
+    *stage.journal.refusals.lock().unwrap() = vec![JournalError::Unavailable("away".into()); 2];
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_succeeded("X");
+
+    let stage = Stage::new(vec![agent("A")]).responds(vec![text("X")]);
+    *stage.journal.refusals.lock().unwrap() = vec![JournalError::LeaseLost];
+    assert_eq!(stage.run().await, Outcome::LeaseLost);
+}
+
+#[tokio::test]
+async fn a_spec_without_its_root_fails() {
+    let mut stage = Stage::new(vec![agent("A")]);
+    stage.spec.root = Uuid::max();
+    assert_eq!(stage.run().await, Outcome::Ended);
+    stage.assert_failed(RunErrorCode::Internal);
+}

@@ -1,0 +1,169 @@
+//! What a run is given: everything the loop needs, frozen when the run was started.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::item::{InputItem, Item};
+
+/// A run as `startRun` froze it: the closure of agents it may reach, and its input.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunSpec {
+    /// The run's id, also the first half of its webhook calls' idempotency keys.
+    pub run_id: Uuid,
+    /// The agent that answers first.
+    pub root: Uuid,
+    /// Every agent a handoff can lead to, `root` included.
+    pub agents: BTreeMap<Uuid, AgentSpec>,
+    /// The user's text.
+    pub input: String,
+}
+
+/// An agent, in one published version or as a draft.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentSpec {
+    /// The agent's id.
+    pub id: Uuid,
+    /// The published version; none when the draft runs.
+    pub version: Option<i32>,
+    /// The agent's name, unique enough to be shown.
+    pub name: String,
+    /// The name of a model in the catalogue.
+    pub model: String,
+    /// The system prompt; empty means none is sent.
+    pub instructions: String,
+    /// Sampling and tool choice.
+    pub settings: ModelSettings,
+    /// Tools in the order they are offered.
+    pub tools: Vec<WebhookTool>,
+    /// Handoffs in the order they are offered, after the tools.
+    pub handoffs: Vec<Handoff>,
+    /// What becomes of a turn whose tools have run.
+    pub tool_use_behavior: ToolUseBehavior,
+    /// The tools that end the run, with [`ToolUseBehavior::StopAtTools`].
+    pub stop_at_tools: Vec<String>,
+    /// Model calls a run may make that starts with this agent.
+    pub max_turns: u32,
+    /// Leave `tool_choice` out once this agent has used a tool.
+    pub reset_tool_choice: bool,
+    /// Calls of one response that run at the same time.
+    pub max_tool_concurrency: u32,
+}
+
+/// Settings of a model call; what is `None` is left to the provider.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ModelSettings {
+    /// Sampling temperature.
+    pub temperature: Option<f64>,
+    /// Nucleus sampling.
+    pub top_p: Option<f64>,
+    /// The most tokens a response may have.
+    pub max_output_tokens: Option<u32>,
+    /// `auto`, `required`, `none`, or a tool's name.
+    pub tool_choice: Option<String>,
+    /// Whether a response may hold several calls.
+    pub parallel_tool_calls: Option<bool>,
+    /// How much a reasoning model thinks.
+    pub reasoning_effort: Option<ReasoningEffort>,
+}
+
+/// How much a reasoning model thinks, in OpenAI's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReasoningEffort {
+    /// `minimal`
+    Minimal,
+    /// `low`
+    Low,
+    /// `medium`
+    Medium,
+    /// `high`
+    High,
+}
+
+/// What becomes of a turn whose tools have run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToolUseBehavior {
+    /// The model sees the outputs and goes on.
+    #[default]
+    RunLlmAgain,
+    /// The first call's output is the run's output.
+    StopOnFirstTool,
+    /// The output of the first call to one of `stop_at_tools` is the run's output.
+    StopAtTools,
+}
+
+/// A tool that is a POST to the tenant's endpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WebhookTool {
+    /// The name the model calls it by.
+    pub name: String,
+    /// What the model is told of it.
+    pub description: String,
+    /// JSON Schema of its arguments.
+    pub parameters: serde_json::Value,
+    /// Where it is POSTed.
+    pub url: String,
+    /// Sent as a bearer token. Sealed while at rest; open in a [`Claim`].
+    pub token: Option<String>,
+    /// Milliseconds until the call counts as timed out.
+    pub timeout_ms: u32,
+}
+
+/// A way to pass the conversation on to another agent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Handoff {
+    /// The agent that takes over; a key of [`RunSpec::agents`].
+    pub agent_id: Uuid,
+    /// The name of the tool that the model calls.
+    pub tool_name: String,
+    /// What the model is told of it.
+    pub tool_description: String,
+}
+
+impl Handoff {
+    /// The tool name a handoff has unless it is given one: `transfer_to_` and the agent's name,
+    /// every code point outside `[a-zA-Z0-9_]` as `_`, then lower case (the Agents SDK's rule).
+    pub fn default_tool_name(agent_name: &str) -> String {
+        format!("transfer_to_{agent_name}")
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' })
+            .collect()
+    }
+
+    /// The description a handoff has unless it is given one (the Agents SDK's text; its space
+    /// stays when there is no description).
+    pub fn default_tool_description(agent_name: &str, handoff_description: &str) -> String {
+        format!("Handoff to the {agent_name} agent to handle the request. {handoff_description}")
+    }
+}
+
+/// The right to write one run's journal: a later claim raises `fence`, and what an earlier
+/// holder still sends is refused (I3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// The run.
+    pub run_id: Uuid,
+    /// Rises with each claim of the run.
+    pub fence: i64,
+}
+
+/// A run handed to a worker, with all that it needs to begin or to go on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Claim {
+    /// The right to write.
+    pub lease: Lease,
+    /// The run, its secrets open.
+    pub spec: RunSpec,
+    /// What the conversation held before this run.
+    pub history: Vec<InputItem>,
+    /// The run's own journal so far, from sequence 1, without gaps.
+    pub items: Vec<Item>,
+    /// When the run fails as TIMEOUT.
+    pub deadline: DateTime<Utc>,
+    /// Standard-Webhooks secrets (base64, without prefix), newest first; each one signs.
+    pub webhook_secrets: Vec<String>,
+}

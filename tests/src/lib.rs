@@ -1,0 +1,25 @@
+//! What the tests stand on: the real server started in one line, a scripted model provider that
+//! counts what it served, a webhook receiver, a database server of their own, and clients.
+//!
+//! A test process cleans up after itself however it ends (see [`scope`]).
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+pub mod app;
+pub mod client;
+pub mod key;
+pub mod model_server;
+pub mod node;
+pub mod postgres;
+pub mod scope;
+pub mod tool_server;
+
+use std::time::Duration;
+
+/// How long anything here waits for something that should come at once, before the test fails.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub use app::{Tenant, TestApp};
+pub use client::{Client, GraphqlResponse};
+pub use model_server::{ModelServer, Reply};
+pub use tool_server::{ToolAnswer, ToolServer};

@@ -1,0 +1,178 @@
+//! A database of its own for each test, on PostgreSQL.
+//!
+//! With `CLOISTER_TEST_POSTGRES_URL` (a role that may create databases) they are made on that server.
+//! Otherwise one is started for the test process from the machine's own binaries, on a free port,
+//! without durability, and stopped with the process.
+
+use std::env;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+
+use reqwest::Url;
+use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbErr};
+use tokio::sync::OnceCell;
+use uuid::Uuid;
+
+use crate::scope::{EndBy, Scope};
+
+/// Times a server is started before the machine's ports are given up on.
+const ATTEMPTS: usize = 5;
+
+/// A database, dropped with the value.
+pub struct PostgresDatabase {
+    url: Url,
+    admin: Url,
+    name: String,
+}
+
+impl PostgresDatabase {
+    /// Makes an empty database.
+    ///
+    /// # Panics
+    /// There is no PostgreSQL to be had; the message says what to do.
+    pub async fn create() -> PostgresDatabase {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let admin = server().await;
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        // The time's part of a UUID tells runs on a shared server apart, the process and number the rest.
+        let name = format!("cloister_test_{}_{}_{number}", Uuid::now_v7().simple(), std::process::id());
+        execute(&admin, &format!("CREATE DATABASE {name}")).await.expect("the database is created");
+        let mut url = admin.clone();
+        url.set_path(&name);
+        PostgresDatabase { url, admin, name }
+    }
+
+    /// Its URL, `postgres://…`.
+    pub fn url(&self) -> &str {
+        self.url.as_str()
+    }
+}
+
+impl Drop for PostgresDatabase {
+    fn drop(&mut self) {
+        let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
+        let admin = self.admin.clone();
+        // A destructor may run inside a runtime and can't wait for a future there.
+        let _ = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            if let Err(error) = runtime.map(|runtime| runtime.block_on(execute(&admin, &sql))) {
+                eprintln!("a test database stays behind: {error}");
+            }
+        })
+        .join();
+    }
+}
+
+/// Runs one statement over a connection of its own.
+async fn execute(url: &Url, sql: &str) -> Result<(), DbErr> {
+    let connection = connect(url.as_str()).await?;
+    connection.execute_unprepared(sql).await?;
+    connection.close().await
+}
+
+/// Opens a database for looking at it: few connections, nothing logged.
+///
+/// # Errors
+/// It can't be reached.
+pub async fn connect(url: &str) -> Result<DatabaseConnection, DbErr> {
+    let mut options = ConnectOptions::new(url);
+    options.max_connections(4).sqlx_logging(false);
+    Database::connect(options).await
+}
+
+/// The URL under which databases are made.
+async fn server() -> Url {
+    static SERVER: OnceCell<Url> = OnceCell::const_new();
+    let start = || async {
+        match env::var("CLOISTER_TEST_POSTGRES_URL") {
+            Ok(url) => url.parse().expect("CLOISTER_TEST_POSTGRES_URL must be a postgres:// URL"),
+            Err(_) => tokio::task::spawn_blocking(start_server).await.expect("PostgreSQL starts"),
+        }
+    };
+    SERVER.get_or_init(start).await.clone()
+}
+
+fn start_server() -> Url {
+    let binaries = binaries();
+    let directory = Scope::current().directory();
+    let data = directory.path().join("data");
+    let run = |program: &str| as_database_user(directory.path(), &binaries.join(program));
+    let output = run("initdb")
+        .arg("--pgdata")
+        .arg(&data)
+        .args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"])
+        .output()
+        .expect("initdb runs");
+    assert!(output.status.success(), "initdb failed: {}", String::from_utf8_lossy(&output.stderr));
+    let port = (0..ATTEMPTS).find_map(|_| serve(run("postgres"), &data)).expect("PostgreSQL starts on a free port");
+    // The scope removes the directory, once the server has ended.
+    let _ = directory.keep();
+    format!("postgres://postgres@127.0.0.1:{port}/postgres").parse().expect("a URL")
+}
+
+/// Starts the server and returns its port, or none if it ended, such as when another process took the port.
+fn serve(mut postgres: Command, data: &Path) -> Option<u16> {
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|free| free.local_addr()).ok()?.port();
+    postgres.arg("-D").arg(data).args(["-p", &port.to_string()]);
+    for setting in [
+        "listen_addresses=127.0.0.1",
+        "unix_socket_directories=",
+        "max_connections=400",
+        "fsync=off",
+        "synchronous_commit=off",
+        "full_page_writes=off",
+    ] {
+        postgres.args(["-c", setting]);
+    }
+    let mut server = postgres.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("postgres runs");
+    Scope::current().adopt(server.id(), EndBy::Quit);
+    let mut log = BufReader::new(server.stderr.take().expect("piped")).lines().map_while(Result::ok);
+    if log.any(|line| line.contains("ready to accept connections")) {
+        // Its log must be read on, or the server stands still once the pipe is full.
+        thread::spawn(move || {
+            log.for_each(drop);
+            let _ = server.wait();
+        });
+        return Some(port);
+    }
+    let _ = server.wait();
+    Scope::current().disown(server.id());
+    None
+}
+
+/// A command that runs as the owner of `directory`. PostgreSQL refuses to run as root, so there the
+/// directory is given to the user `postgres`.
+fn as_database_user(directory: &Path, program: &Path) -> Command {
+    let is_root = fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
+    let mut command = if is_root {
+        let given = Command::new("chown").arg("postgres").arg(directory).status();
+        assert!(given.is_ok_and(|status| status.success()), "as root, PostgreSQL needs a user `postgres`");
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=postgres", "--regid=postgres", "--init-groups", "--"]).arg(program);
+        command
+    } else {
+        Command::new(program)
+    };
+    // A process group of its own keeps Ctrl-C from reaching it before the scope does.
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    command.current_dir(directory).stdin(Stdio::null()).env("LC_ALL", "C");
+    command
+}
+
+/// The directory of the newest PostgreSQL: Debian's, or the one on the path.
+fn binaries() -> PathBuf {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let debian = versions.map(|version| version.path().join("bin")).max_by_key(|bin| {
+        let version = bin.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+        version.and_then(|version| version.parse::<u32>().ok())
+    });
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = debian.into_iter().chain(env::split_paths(&path)).find(|bin| bin.join("initdb").is_file());
+    found.expect("no PostgreSQL: install the package `postgresql`, or set CLOISTER_TEST_POSTGRES_URL")
+}

@@ -1,0 +1,6 @@
+//! The tests against the real server, its clients and its databases; a module an area.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod model_server;
+mod support;
