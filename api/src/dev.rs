@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::agents;
 use crate::agents::input_graphql::{CreateAgentInput, UpdateAgentInput};
 use crate::app::App;
-use crate::config::{Config, ProviderConfig};
+use crate::config::Config;
 use crate::db::Db;
 use crate::error::Refusal;
 use crate::keys::{self, NewApiKey};
@@ -54,7 +54,7 @@ pub fn configure(mut config: Config) -> Result<Config, String> {
     config.secrets.key.get_or_insert(SecretString::from(kept.secrets_key));
     config.admin.key.get_or_insert(SecretString::from(kept.admin_key));
     if let Some(key) = openai_key() {
-        let openai = config.providers.entry("openai".to_owned()).or_insert_with(ProviderConfig::default);
+        let openai = config.providers.entry("openai".to_owned()).or_default();
         openai.api_key.get_or_insert(SecretString::from(key));
     }
     Ok(config)

@@ -13,6 +13,7 @@ use crate::models::graphql::Model;
 
 /// What an agent is. On Agent: the draft. On AgentVersion: frozen by a publish.
 #[derive(Interface)]
+#[allow(clippy::duplicated_attributes)] // two fields may have one type
 #[graphql(
     field(name = "model", ty = "Model"),
     field(name = "instructions", ty = "String"),

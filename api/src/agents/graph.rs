@@ -231,7 +231,7 @@ pub async fn publish(app: &App, tx: &DatabaseTransaction, agent: agents::Model) 
     for id in drafts {
         let closure = graph.reachable(id).iter().filter_map(|id| ids.get(id).copied()).collect();
         let definition =
-            serde_json::to_value(&graph.nodes.get(&id).map(|node| &node.definition)).map_err(Error::from)?;
+            serde_json::to_value(graph.nodes.get(&id).map(|node| &node.definition)).map_err(Error::from)?;
         let row = agents::Entity::in_tenant(agent.tenant_id).filter(agents::Column::Id.eq(id)).one(tx).await?;
         let row = row.ok_or_else(|| Error::internal("an agent is gone in mid-publish"))?;
         let version_id = ids.get(&id).copied().unwrap_or_else(Uuid::now_v7);

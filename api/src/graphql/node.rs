@@ -16,6 +16,7 @@ use crate::viewer::{Scope, Viewer};
 
 /// An object with an id.
 #[derive(Interface)]
+#[allow(clippy::large_enum_variant)] // one at a time, never in a collection
 #[graphql(field(name = "id", ty = "ID"))]
 pub enum Node {
     Tenant(Tenant),

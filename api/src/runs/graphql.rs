@@ -339,7 +339,7 @@ impl RunSubscription {
         &self,
         ctx: &Context<'ctx>,
         #[graphql(name = "runId")] id: ID,
-        #[graphql(default = 0)] after: i32,
+        #[graphql(default_with = "Some(0)")] after: Option<i32>,
     ) -> Result<impl Stream<Item = Result<RunEvent>> + use<'ctx>> {
         let tenant_id = viewer(ctx)?.require_any(&[Scope::Read, Scope::Run])?.tenant_id();
         let app = app(ctx)?.clone();
@@ -349,6 +349,7 @@ impl RunSubscription {
             .await
             .map_err(Error::from)?
             .ok_or_else(|| Error::NotFound("runId: there is no run with this id.".to_owned()))?;
+        let after = after.unwrap_or(0);
         if after < 0 {
             return Err(Error::BadRequest("after: a sequence is never negative.".to_owned()).into());
         }

@@ -1,0 +1,22 @@
+# What a person types. Everything else is cargo.
+
+.PHONY: run test setup build
+
+# Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
+run:
+	@scripts/setup build
+	cargo run --quiet --package cloister-api --bin cloister -- dev
+
+# Everything that must hold: format, lints, every test.
+test: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo build --workspace
+	cargo test --workspace
+
+# What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients.
+setup:
+	@scripts/setup build test
+
+build:
+	cargo build --workspace
