@@ -150,8 +150,7 @@ impl Call {
         let reservation = reserved.reservation;
         quota::mark_sent(&self.app, reservation.call_id).await?;
         let sending = provider.send(&self.origin.model.model.upstream, request);
-        let sent = self.while_open(&reservation, &|| 0, sending).await;
-        match sent {
+        match self.while_open(&reservation, sending).await {
             Ok(answer) => self.stream(answer, &reservation).await.map(Attempt::Over),
             Err(SendError::Retryable { message, retry_after }) => {
                 quota::release(&self.app, reservation.call_id).await?;
@@ -307,20 +306,15 @@ impl Call {
         Ok(stored)
     }
 
-    /// Awaits what may take long while a reservation stands.
-    async fn while_open<T>(
-        &self,
-        reservation: &quota_reservations::Model,
-        output: &(dyn Fn() -> i64 + Sync),
-        future: impl Future<Output = T>,
-    ) -> T {
+    /// Awaits the head of an answer, which may take longer than a reservation stands by itself.
+    async fn while_open<T>(&self, reservation: &quota_reservations::Model, future: impl Future<Output = T>) -> T {
         let mut extend = tokio::time::interval(CHECKPOINT * 10);
         extend.tick().await;
         tokio::pin!(future);
         loop {
             tokio::select! {
                 result = &mut future => return result,
-                _ = extend.tick() => self.checkpoint(reservation, output()).await,
+                _ = extend.tick() => self.checkpoint(reservation, 0).await,
             }
         }
     }

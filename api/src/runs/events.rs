@@ -1,6 +1,7 @@
 //! A run's events for one subscriber: stored items after a cursor, what is in progress, then life.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use cloister_runtime::item::{Body, Item};
 use cloister_runtime::journal::Progress;
@@ -10,13 +11,19 @@ use sea_orm::{ColumnTrait, QueryFilter, QuerySelect};
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
-use super::journal::{POLL, items_after};
+use super::journal::items_after;
 use super::live::Signal;
 use crate::app::App;
 use crate::error::Error;
 
 /// Items read from the journal at a time.
 const PAGE: u64 = 200;
+
+/// How long a subscriber waits for a signal before it looks into the journal by itself: another replica
+/// may be at work on the run. An embedded server is alone, and looks only for safety's sake.
+fn patience(app: &App) -> Duration {
+    Duration::from_secs(if app.db.is_embedded() { 15 } else { 1 })
+}
 
 /// An event.
 #[derive(Clone, Debug)]
@@ -56,7 +63,7 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
                 }
             }
             loop {
-                match tokio::time::timeout(POLL, subscription.signals.recv()).await {
+                match tokio::time::timeout(patience(&app), subscription.signals.recv()).await {
                     Ok(Ok(Signal::Progress(progress))) => {
                         if seen.wants(&progress) {
                             yield Event::Progress(progress);

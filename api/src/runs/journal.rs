@@ -1,7 +1,6 @@
 //! The journal in the database: the one place where a run's items are stored and its state moves.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
@@ -83,15 +82,20 @@ pub async fn write(
     run_items::Entity::insert_many(rows).exec_without_returning(tx).await?;
 
     let moved = run.status != before.status;
-    let mut next = None;
+    // Runs are locked before the queue; see there.
+    let next = match moved && Status::TERMINAL.contains(&run.status) {
+        true => next_of_conversation(tx, &run, now).await?,
+        false => None,
+    };
     if moved && before.status == Status::Running {
         queue::vacate(tx, run.tenant_id, &run.pool).await?;
     } else if moved && before.status == Status::Queued {
         queue::refresh_head(tx, run.tenant_id, &run.pool).await?;
     }
-    if moved && Status::TERMINAL.contains(&run.status) {
-        next = next_of_conversation(app, tx, &run, now).await?;
-    }
+    let next = match next {
+        Some(next) => Some(queue::enqueue(app, tx, next).await?),
+        None => None,
+    };
     Ok(Appended { run, items, moved, next })
 }
 
@@ -117,9 +121,8 @@ fn apply(row: &mut runs::ActiveModel, step: &Step, now: DateTime<Utc>) {
     }
 }
 
-/// Lets the conversation's next run into the queue, once this one has ended.
+/// The conversation's next run, which waited for this one to end; locked.
 async fn next_of_conversation(
-    app: &App,
     tx: &DatabaseTransaction,
     run: &runs::Model,
     now: DateTime<Utc>,
@@ -137,14 +140,10 @@ async fn next_of_conversation(
         .filter(runs::Column::Status.is_in(Status::UNFINISHED))
         .order_by_asc(runs::Column::Id)
         .limit(1)
+        .lock_exclusive()
         .one(tx)
         .await?;
-    match next {
-        Some(next) if next.status == Status::Queued && next.vtime.is_none() => {
-            Ok(Some(queue::enqueue(app, tx, next).await?))
-        }
-        _ => Ok(None),
-    }
+    Ok(next.filter(|next| next.status == Status::Queued && next.vtime.is_none()))
 }
 
 fn to_row(run: &runs::Model, item: &Item) -> Result<run_items::ActiveModel, Error> {
@@ -253,6 +252,3 @@ async fn holds_up_to(app: &App, lease: Lease, next_sequence: i64) -> Result<bool
         .await?;
     Ok(run.is_some())
 }
-
-/// How long a subscriber waits before it looks into the database by itself.
-pub const POLL: Duration = Duration::from_secs(1);

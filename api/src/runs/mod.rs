@@ -311,13 +311,16 @@ async fn raise_fence(tx: &DatabaseTransaction, run: &runs::Model) -> Result<i64,
 /// Lets a run go on that is PAUSED_QUOTA.
 pub async fn resume(app: &App, viewer: &TenantViewer, id: Uuid) -> Outcome<runs::Model> {
     let tenant_id = viewer.tenant_id();
+    let run = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.eq(id)).one(app.db.read()).await?;
+    let run = run.ok_or_else(|| UserError::not_found("runId", "run"))?;
+    let unused = quota::unused(app, tenant_id, run.api_key_id).await?;
     let tx = app.db.begin().await?;
     let run = locked(&tx, tenant_id, id).await?;
     if run.status != Status::PausedQuota {
         let message = "Only a run that is PAUSED_QUOTA can be resumed.";
         return Err(UserError::new(UserErrorCode::State, "runId", message).into());
     }
-    if quota::unused(app, tenant_id, run.api_key_id).await? < quota::LEAST_OUTPUT {
+    if unused < quota::LEAST_OUTPUT {
         let message = "Too little is left of this month's tokens. Raise the limit, or wait for the new month.";
         return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
     }
@@ -336,9 +339,8 @@ fn run_agent_name(run: &runs::Model) -> Result<String, Error> {
     Ok(spec.agents.get(&run.current_agent_id).map(|agent| agent.name.clone()).unwrap_or_default())
 }
 
-/// A tenant's run; its row and before it its queue's are locked.
+/// A tenant's run, its row locked. A run's row is locked before its queue's, everywhere.
 async fn locked(tx: &DatabaseTransaction, tenant_id: Uuid, id: Uuid) -> Outcome<runs::Model> {
-    queue::lock(tx, tenant_id, queue::SHARED).await?;
     let run = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.eq(id)).lock_exclusive().one(tx).await?;
     run.ok_or_else(|| UserError::not_found("runId", "run").into())
 }

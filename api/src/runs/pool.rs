@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::TimeDelta;
-use cloister_runtime::item::Item;
+use cloister_runtime::item::{Body, Item, RunErrorCode, Step};
+use cloister_runtime::journal::Journal;
 use cloister_runtime::model::{Model, ModelCall, ModelError, ModelEvent};
 use cloister_runtime::run::{Outcome, Ports, Stop, run, transcript};
 use cloister_runtime::spec::{Claim, Lease, RunSpec};
@@ -78,6 +79,7 @@ pub async fn work(app: App) {
 
 fn begin(app: &App, claimed: runs::Model) {
     let lease = Lease { run_id: claimed.id, fence: claimed.fence };
+    let (next_sequence, agent_name) = (claimed.next_sequence, super::run_agent_name(&claimed).unwrap_or_default());
     let stop = Stop { abandon: Default::default(), hand_back: app.stopping.child_token() };
     app.pool.active.insert(lease.run_id, (lease, stop.clone()));
     announce(app, std::slice::from_ref(&claimed));
@@ -91,7 +93,8 @@ fn begin(app: &App, claimed: runs::Model) {
             Ok(Outcome::Ended | Outcome::Paused | Outcome::LeaseLost | Outcome::JournalUnavailable) => {}
             Ok(Outcome::HandedBack) => hand_back(&app, lease).await,
             Err(error) => {
-                tracing::error!(run_id = %lease.run_id, inside = ?error, "a run could not be executed; it is taken up again");
+                tracing::error!(run_id = %lease.run_id, inside = ?error, "a run could not be prepared");
+                retry_or_fail(&app, lease, next_sequence, agent_name).await;
             }
         }
         app.pool.wake();
@@ -106,6 +109,20 @@ async fn execute(app: &App, claimed: runs::Model, stop: &Stop) -> Result<Outcome
         webhooks: app.webhooks.clone(),
     };
     Ok(run(claim, &ports, stop).await)
+}
+
+/// What keeps a run from being prepared may pass, as a database that is away does: its lease lapses, and
+/// it is claimed again. What has not passed after several claims won't: the run ends.
+async fn retry_or_fail(app: &App, lease: Lease, next_sequence: i64, agent_name: String) {
+    const CLAIMS: i64 = 5;
+    if lease.fence < CLAIMS {
+        return;
+    }
+    let body = Body::failed(RunErrorCode::Internal, "The run could not be executed. Tell us its id.");
+    let step = Step { agent_name, turn: None, body };
+    if let Err(error) = DatabaseJournal(app.clone()).append(lease, next_sequence, vec![step]).await {
+        tracing::error!(run_id = %lease.run_id, %error, "a run that can't be executed could not be ended");
+    }
 }
 
 /// Lets the next worker have a run at once.
@@ -200,7 +217,7 @@ impl Model for GatewayModel {
     fn respond(&self, call: ModelCall) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
         let Some(model) = self.app.catalog.get(&call.request.model) else {
             let message = format!("The model {:?} is no longer in the catalogue.", call.request.model);
-            let code = cloister_runtime::item::RunErrorCode::ModelUnavailable;
+            let code = RunErrorCode::ModelUnavailable;
             return Box::pin(futures_util::stream::iter([Err(ModelError::Failed { code, message })]));
         };
         let (root, agent) = (self.origin.root, call.agent_id);

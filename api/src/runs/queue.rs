@@ -1,9 +1,12 @@
 //! The fair queue: who is claimed next, and by which right a worker holds a run.
 //!
 //! Start-time fair queueing. At its enqueue a run gets the virtual time
-//! `max(the pool's, the tenant's last) + 1 / weight`, and the least virtual time is claimed first. A row per
-//! tenant and pool is locked before its runs, so that caps never overshoot, and a capped tenant's
-//! backlog is never looked at.
+//! `max(the pool's, the tenant's last) + 1 / weight`, and the least virtual time is claimed first. A claim
+//! locks the row that a tenant has in the pool before it takes its runs, so that caps never overshoot, and a
+//! capped tenant's backlog is never looked at.
+//!
+//! Whoever else needs both locks a run's row before its queue's. A claim does not wait for runs that are
+//! locked, so the two orders can't block each other.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use entity::runs::Status;
@@ -12,7 +15,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, LockBehavior, LockType, OnConflict};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, ExprTrait,
-    FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Statement,
+    FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Select, Statement,
 };
 use uuid::Uuid;
 
@@ -93,22 +96,18 @@ pub async fn claim(app: &App, pool: &str, max: usize) -> Result<Vec<runs::Model>
     let tx = app.db.begin().await?;
     let mut claimed = Vec::new();
     while claimed.len() < max {
-        let mut head = tenant_queues::Entity::across_tenants()
+        let least = tenant_queues::Entity::across_tenants()
             .filter(claimable(pool))
             .order_by_asc(tenant_queues::Column::NextVtime);
-        if tx.get_database_backend() == DbBackend::Postgres {
-            head = head.lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
-        }
-        let Some(queue) = head.one(&tx).await? else { break };
+        let Some(queue) = skip_locked(&tx, least).one(&tx).await? else { break };
         let head = runs::Entity::in_tenant(queue.tenant_id)
             .filter(runs::Column::Pool.eq(pool))
             .filter(runs::Column::Status.eq(Status::Queued))
             .filter(runs::Column::Vtime.is_not_null())
             .order_by_asc(runs::Column::Vtime)
-            .limit(2)
-            .all(&tx)
-            .await?;
-        let mut head = head.into_iter();
+            .limit(2);
+        // A run that somebody else holds is being cancelled; who does that notes the next one anew.
+        let mut head = skip_locked(&tx, head).all(&tx).await?.into_iter();
         let run = head.next();
         let mut row = queue.clone().into_active_model();
         row.next_vtime = Set(head.next().and_then(|next| next.vtime));
@@ -129,6 +128,14 @@ pub async fn claim(app: &App, pool: &str, max: usize) -> Result<Vec<runs::Model>
     Ok(claimed)
 }
 
+/// On SQLite there is one writer, and nothing to skip.
+fn skip_locked<E: EntityTrait>(tx: &DatabaseTransaction, rows: Select<E>) -> Select<E> {
+    match tx.get_database_backend() {
+        DbBackend::Postgres => rows.lock_with_behavior(LockType::Update, LockBehavior::SkipLocked),
+        _ => rows,
+    }
+}
+
 fn claimable(pool: &str) -> sea_orm::Condition {
     sea_orm::Condition::all()
         .add(tenant_queues::Column::Pool.eq(pool))
@@ -139,16 +146,6 @@ fn claimable(pool: &str) -> sea_orm::Condition {
 /// When a lease that is taken or renewed at `now` lapses.
 pub fn lease_from(app: &App, now: DateTime<Utc>) -> DateTime<Utc> {
     now + TimeDelta::seconds(i64::try_from(app.config.runs.lease_seconds).unwrap_or(30))
-}
-
-/// Locks a tenant's row in a pool, before its runs: the order that claims take too.
-pub async fn lock(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str) -> Result<(), Error> {
-    tenant_queues::Entity::in_tenant(tenant_id)
-        .filter(tenant_queues::Column::Pool.eq(pool))
-        .lock_exclusive()
-        .one(tx)
-        .await?;
-    Ok(())
 }
 
 /// Frees the place of a run that a worker held and that isn't waiting to be claimed again.
@@ -204,9 +201,11 @@ pub async fn take_back(tx: &DatabaseTransaction, whose: Whose) -> Result<Vec<run
         Whose::Tenant(id) => held.filter(runs::Column::TenantId.eq(id)),
         Whose::Held(id, fence) => held.filter(runs::Column::Id.eq(id)).filter(runs::Column::Fence.eq(fence)),
     };
-    if tx.get_database_backend() == DbBackend::Postgres {
-        held = held.lock_with_behavior(LockType::Update, LockBehavior::SkipLocked);
-    }
+    held = match whose {
+        // A lapsed run whose row is held is being renewed or swept elsewhere.
+        Whose::Lapsed(_) => skip_locked(tx, held),
+        Whose::Everyone | Whose::Tenant(_) | Whose::Held(..) => held.lock_exclusive(),
+    };
     let mut waiting = Vec::new();
     for run in held.all(tx).await? {
         let (tenant_id, pool, fence) = (run.tenant_id, run.pool.clone(), run.fence + 1);

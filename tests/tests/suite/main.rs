@@ -2,5 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod both;
+mod crash;
+mod invoice;
+mod ledger;
+mod metering;
 mod model_server;
+mod quota;
 mod support;
