@@ -4,6 +4,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use cloister_runtime::webhook::{AddressPolicy, WebhookClient};
+use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -14,6 +15,7 @@ use crate::db::Db;
 use crate::error::Error;
 use crate::graphql::Schema;
 use crate::keys::{self, KeyRing};
+use crate::metrics;
 use crate::models::catalog::{self, Catalog};
 use crate::rate::RateLimits;
 use crate::runs::live::Live;
@@ -56,6 +58,8 @@ pub struct Parts {
     pub webhooks: WebhookClient,
     /// The GraphQL schema.
     pub schema: Schema,
+    /// What is counted, for Prometheus.
+    pub metrics: PrometheusHandle,
     /// Tasks that outlive their request, such as model calls being drained.
     pub tasks: TaskTracker,
     /// Cancelled when the process is asked to stop.
@@ -75,6 +79,9 @@ impl App {
     /// mirror the configuration (plans, models, prices) up to date. Returns the platform admin's key
     /// if it was made just now.
     pub async fn new(config: Config, db: Db) -> Result<(Self, Option<String>), Error> {
+        let vault = Vault::new(&config.secrets).map_err(Error::internal)?;
+        let policy = AddressPolicy { allowed_hosts: config.webhooks.allowed_hosts.clone() };
+        let webhooks = WebhookClient::new(policy).map_err(Error::internal)?;
         let clock = Clock::default();
         clock.follow(db.read()).await?;
         let now = clock.now();
@@ -83,9 +90,8 @@ impl App {
         let plans = plans::sync(&tx, &config, now).await?;
         let catalog = catalog::sync(&tx, &config, now).await?;
         tx.commit().await?;
+        // Last of all that may fail: a key that was made must be shown.
         let (admin_hash, new_admin_key) = keys::admin_key(&db, &config.admin, now).await?;
-        let vault = Vault::new(&config.secrets).map_err(Error::internal)?;
-        let policy = AddressPolicy { allowed_hosts: config.webhooks.allowed_hosts.clone() };
         let parts = Parts {
             vault,
             plans,
@@ -96,8 +102,9 @@ impl App {
             live: Live::default(),
             changes: Changes::default(),
             pool: Pool::new(config.runs.concurrency),
-            webhooks: WebhookClient::new(policy).map_err(Error::internal)?,
+            webhooks,
             schema: crate::graphql::schema(&config.graphql),
+            metrics: metrics::install(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
             config,

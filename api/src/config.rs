@@ -7,9 +7,12 @@ use std::path::Path;
 
 use config::{Environment, File, FileFormat};
 use rust_decimal::Decimal;
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use url::Url;
+
+/// Variables that hold several values, separated by commas.
+const LISTS: [&str; 2] = ["CLOISTER_WEBHOOKS__ALLOWED_HOSTS", "CLOISTER_SECRETS__PREVIOUS_KEYS"];
 
 /// All of it.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -319,23 +322,21 @@ impl Config {
             Some(path) => File::new(path, FileFormat::Toml).required(true),
             None => File::new("cloister.toml", FileFormat::Toml).required(false),
         };
-        let variables = env
+        // Only lists are parsed: a key or a password that looks like a number must stay as it was written.
+        let (lists, texts) = env
             .into_iter()
             .filter(|(name, _)| {
                 name.starts_with("CLOISTER_") && name.contains("__") && !name.starts_with("CLOISTER_TEST_")
             })
-            .collect();
-        let environment = Environment::with_prefix("CLOISTER")
-            .prefix_separator("_")
-            .separator("__")
-            .try_parsing(true)
-            .list_separator(",")
-            .with_list_parse_key("webhooks.allowed_hosts")
-            .with_list_parse_key("secrets.previous_keys")
-            .source(Some(variables));
+            .partition(|(name, _)| LISTS.contains(&name.as_str()));
+        let environment = |variables: HashMap<String, String>| {
+            let environment = Environment::with_prefix("CLOISTER").prefix_separator("_").separator("__");
+            environment.source(Some(variables))
+        };
         let config: Config = config::Config::builder()
             .add_source(file)
-            .add_source(environment)
+            .add_source(environment(texts))
+            .add_source(environment(lists).try_parsing(true).list_separator(","))
             .build()
             .and_then(config::Config::try_deserialize)
             .map_err(|error| ConfigError(error.to_string()))?;
@@ -348,6 +349,15 @@ impl Config {
         let refuse = |message: String| Err(ConfigError(message));
         if !self.database.url.starts_with("sqlite:") && !self.database.url.starts_with("postgres") {
             return refuse("database.url must begin with sqlite: or postgres:".to_owned());
+        }
+        if self.database.url.contains(":memory:") || self.database.url.contains("mode=memory") {
+            return refuse("database.url must name a file: a database in memory is lost with its connection".to_owned());
+        }
+        if self.admin.key.as_ref().is_some_and(|key| key.expose_secret().len() < 32) {
+            return refuse("admin.key must have 32 characters at least".to_owned());
+        }
+        if self.database.max_connections == 0 {
+            return refuse("database.max_connections must be at least 1".to_owned());
         }
         for (name, provider) in &self.providers {
             if name == "demo" {
@@ -369,6 +379,9 @@ impl Config {
             if !known {
                 return refuse(format!("models[{at}].provider: no provider is named {:?}", model.provider));
             }
+            if self.models[..at].iter().any(|other| other.name == model.name) {
+                return refuse(format!("models[{at}].name: {:?} is there twice", model.name));
+            }
             if model.name.is_empty() || model.context_window <= 0 || model.max_output_tokens <= 0 {
                 return refuse(format!(
                     "models[{at}]: name, context_window and max_output_tokens must be given and positive"
@@ -389,6 +402,7 @@ impl Config {
                 || plan.monthly_token_limit < 0
                 || plan.included_tokens < 0
                 || plan.base_price.is_sign_negative()
+                || plan.overage_per_million.is_some_and(|amount| amount.is_sign_negative())
             {
                 return refuse(format!(
                     "plans.{name}: amounts must not be negative, weights and rates must be positive"

@@ -1,8 +1,10 @@
 //! The database: where connections come from, and the one way to open a transaction.
 
 use std::fs::{File, OpenOptions};
+use std::path::Path;
 use std::time::Duration;
 
+use log::LevelFilter;
 use migration::{Migrator, MigratorTrait};
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
@@ -11,6 +13,9 @@ use sea_orm::{
 };
 
 use crate::config::{Config, Synchronous};
+
+/// The level of statements in the log (target `sqlx::query`), which has their text and never their values.
+const STATEMENTS: LevelFilter = LevelFilter::Debug;
 
 /// Connections. On SQLite reading has a pool of its own beside the one writer; on PostgreSQL
 /// both are the same pool.
@@ -24,11 +29,7 @@ impl Db {
     /// Connects; an SQLite file is made if it is missing.
     pub async fn connect(config: &Config) -> Result<Self, DbErr> {
         if let Some(path) = config.sqlite_path() {
-            if let Some(folder) = path.parent() {
-                std::fs::create_dir_all(folder).map_err(|error| {
-                    DbErr::Custom(format!("database.url: can't make the folder {}: {error}", folder.display()))
-                })?;
-            }
+            make_folder(path).map_err(DbErr::Custom)?;
             let write = Database::connect(sqlite_options(config, 1)).await?;
             let read = Database::connect(sqlite_options(config, config.database.max_connections)).await?;
             return Ok(Self { read, write });
@@ -39,7 +40,7 @@ impl Db {
             .acquire_timeout(Duration::from_secs(10))
             .set_application_name("cloister")
             .record_stmt_in_spans(false)
-            .sqlx_logging(false);
+            .sqlx_logging_level(STATEMENTS);
         let pool = Database::connect(options).await?;
         Ok(Self { read: pool.clone(), write: pool })
     }
@@ -81,6 +82,12 @@ impl Db {
     }
 }
 
+/// The folder that a database file is to be in.
+fn make_folder(path: &Path) -> Result<(), String> {
+    let Some(folder) = path.parent() else { return Ok(()) };
+    std::fs::create_dir_all(folder).map_err(|error| format!("can't make the folder {}: {error}", folder.display()))
+}
+
 fn sqlite_options(config: &Config, connections: u32) -> ConnectOptions {
     let synchronous = match config.database.synchronous {
         Synchronous::Normal => SqliteSynchronous::Normal,
@@ -92,7 +99,7 @@ fn sqlite_options(config: &Config, connections: u32) -> ConnectOptions {
         .max_connections(connections)
         .acquire_timeout(Duration::from_secs(30))
         .record_stmt_in_spans(false)
-        .sqlx_logging(false)
+        .sqlx_logging_level(STATEMENTS)
         .map_sqlx_sqlite_opts(move |sqlite| {
             sqlite
                 .create_if_missing(true)
@@ -115,6 +122,7 @@ impl ServeLock {
         let Some(path) = config.sqlite_path() else {
             return Ok(Self(None));
         };
+        make_folder(path).map_err(|error| format!("database.url: {error}"))?;
         // A file of its own: closing any handle of the database's file would drop SQLite's locks.
         let mut name = path.as_os_str().to_owned();
         name.push(".lock");

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::Error;
 use crate::viewer::{Viewer, credential};
-use crate::{graphql, runs, usage};
+use crate::{graphql, metrics, runs, usage};
 
 /// Identifies a request in answers and in the log.
 #[derive(Clone, Debug)]
@@ -27,6 +27,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/usage", get(usage::rest::usage))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics::scrape))
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(app.config.server.max_body_bytes))
         .layer(middleware::from_fn(trace))

@@ -14,6 +14,7 @@ pub mod http;
 pub mod ids;
 pub mod input;
 pub mod keys;
+pub mod metrics;
 pub mod models;
 pub mod money;
 pub mod rate;

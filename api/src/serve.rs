@@ -40,13 +40,14 @@ impl Server {
                 pending.join(", ")
             ));
         }
+        // Before the rest: a start that can't listen must leave nothing behind. Who connects already waits.
         let listen = config.server.listen;
+        let listener = TcpListener::bind(listen).await.map_err(|error| format!("server.listen {listen}: {error}"))?;
+        let address = listener.local_addr().map_err(|error| format!("server.listen {listen}: {error}"))?;
         let (app, new_admin_key) = App::new(config, db).await.map_err(inside)?;
         if app.db.is_embedded() {
             take_over(&app).await.map_err(inside)?;
         }
-        let listener = TcpListener::bind(listen).await.map_err(|error| format!("server.listen {listen}: {error}"))?;
-        let address = listener.local_addr().map_err(|error| format!("server.listen {listen}: {error}"))?;
         Ok(Self { app, address, new_admin_key, listener, _lock: lock })
     }
 

@@ -113,8 +113,9 @@ const TABLES: &[&str] = &[
     "CREATE INDEX runs_tenant_agent ON runs (tenant_id, agent_id, id)",
     "CREATE INDEX runs_conversation ON runs (conversation_id, id) WHERE conversation_id IS NOT NULL",
     "CREATE UNIQUE INDEX runs_idempotency ON runs (tenant_id, idempotency_key) WHERE idempotency_key IS NOT NULL",
-    "CREATE INDEX runs_waiting ON runs (tenant_id, pool, vtime) WHERE status = 'queued' AND vtime IS NOT NULL",
-    "CREATE INDEX runs_leased ON runs (lease_until) WHERE status = 'running'",
+    // Not partial: a status that comes as a parameter proves no predicate.
+    "CREATE INDEX runs_queue ON runs (tenant_id, pool, status, vtime)",
+    "CREATE INDEX runs_leased ON runs (status, lease_until)",
     "CREATE TABLE run_items (
         run_id uuid NOT NULL,
         sequence bigint NOT NULL,

@@ -4,6 +4,7 @@
 use std::pin::Pin;
 use std::sync::Once;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::http::{HeaderMap, StatusCode};
 use bytes::{Bytes, BytesMut};
@@ -98,6 +99,26 @@ impl Client {
         } else {
             Err(GraphqlResponse::read(response).await)
         }
+    }
+
+    /// Subscribes over server-sent events as soon as the server is there, as a client does that lost it.
+    ///
+    /// # Panics
+    /// The server refuses, or is not there within [`PATIENCE`].
+    pub async fn reconnect_sse(&self, query: &str, variables: Value) -> SseStream {
+        let body = json!({"query": query, "variables": variables});
+        let connected = async {
+            loop {
+                let request = self.request(reqwest::Method::POST, "/graphql").header("accept", "text/event-stream");
+                if let Ok(response) = request.json(&body).send().await {
+                    return response;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let response = tokio::time::timeout(PATIENCE, connected).await.expect("the server comes back");
+        assert_eq!(response.status(), StatusCode::OK, "the subscription is refused");
+        SseStream::new(response)
     }
 
     /// Opens a graphql-transport-ws socket, without a key and without `connection_init`.

@@ -10,6 +10,7 @@ use async_graphql::{Context, Result};
 use entity::{Shared, TenantOwned, agent_versions, agents, api_keys, conversations, models, prices, run_items, runs};
 use sea_orm::sea_query::{Order, Query};
 use sea_orm::{ColumnTrait, QueryFilter, QueryOrder, Select};
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::page::{List, Page, PageArgs, pages};
@@ -28,7 +29,8 @@ pub struct Batch {
 /// A loader for one request.
 pub fn loader(app: &App, viewer: &Viewer) -> DataLoader<Batch> {
     let tenant_id = viewer.require_tenant().ok().map(|viewer| viewer.tenant_id());
-    DataLoader::new(Batch { app: app.clone(), tenant_id }, tokio::spawn)
+    // Within the request's span, so that what is logged of the statements has its trace id.
+    DataLoader::new(Batch { app: app.clone(), tenant_id }, |loading| tokio::spawn(loading.in_current_span()))
 }
 
 /// Loads one thing, together with whatever else the query asks for at the same time.

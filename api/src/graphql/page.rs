@@ -9,7 +9,7 @@ use sea_orm::sea_query::{
     Alias, Asterisk, Expr, ExprTrait, IntoCondition, Order, Query, SelectStatement, UnionType, Value,
 };
 use sea_orm::{
-    ColumnTrait, Condition, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect,
+    ColumnTrait, ColumnType, Condition, ConnectionTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect,
     QueryTrait, Select,
 };
 use uuid::Uuid;
@@ -147,6 +147,8 @@ impl<E: EntityTrait> List<E> {
 
     fn query(self, args: PageArgs) -> SelectStatement {
         let ascending = self.order == Order::Asc;
+        // PostgreSQL compares no id with a number.
+        let sorted_by_id = *self.sort.def().get_column_type() == ColumnType::Uuid;
         let past = |column: E::Column, value: Value, later: bool| {
             if later == ascending { column.gt(value) } else { column.lt(value) }
         };
@@ -154,8 +156,8 @@ impl<E: EntityTrait> List<E> {
             (Cursor::Item(run_id, sequence), Some(then)) => Condition::any()
                 .add(past(self.sort, run_id.into(), later))
                 .add(self.sort.eq(run_id).and(past(then, sequence.into(), later))),
-            (Cursor::Id(value), None) => past(self.sort, value.into(), later).into_condition(),
-            (Cursor::Number(value), None) => past(self.sort, value.into(), later).into_condition(),
+            (Cursor::Id(value), None) if sorted_by_id => past(self.sort, value.into(), later).into_condition(),
+            (Cursor::Number(value), None) if !sorted_by_id => past(self.sort, value.into(), later).into_condition(),
             // A cursor of another list is beyond every element of this one.
             _ => Condition::all().add(Expr::cust("1 = 0")),
         };

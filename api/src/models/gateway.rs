@@ -22,6 +22,7 @@ use super::provider::{Answer, AnswerEvent, Completion, Cut, Provider, SendError}
 use super::tokens;
 use crate::app::App;
 use crate::error::Error;
+use crate::metrics::{self, CallOutcome};
 use crate::runs;
 use crate::tenants::changes::Change;
 use crate::usage::ledger;
@@ -153,10 +154,12 @@ impl Call {
         match self.while_open(&reservation, sending).await {
             Ok(answer) => self.stream(answer, &reservation).await.map(Attempt::Over),
             Err(SendError::Retryable { message, retry_after }) => {
+                metrics::model_call(CallOutcome::Refused, None);
                 quota::release(&self.app, reservation.call_id).await?;
                 Ok(Attempt::Again { message, wait: retry_after })
             }
             Err(SendError::Rejected { status, message }) => {
+                metrics::model_call(CallOutcome::Refused, None);
                 quota::release(&self.app, reservation.call_id).await?;
                 let message = format!("The provider refused the request ({status}): {message}");
                 Ok(Attempt::Over(failed(RunErrorCode::ModelRejected, message)))
@@ -274,7 +277,10 @@ impl Call {
             }
         };
         let excess = usage.total_tokens() - reservation.tokens;
+        let outcome = if usage.estimated { CallOutcome::Estimated } else { CallOutcome::Settled };
+        metrics::model_call(outcome, Some(&usage));
         if excess > 0 {
+            metrics::quota_excess(excess);
             tracing::warn!(call_id = %reservation.call_id, excess, "a provider charged more than was reserved");
         }
         self.app.releases.wake();

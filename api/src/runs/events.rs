@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use cloister_runtime::item::{Body, Item};
 use cloister_runtime::journal::Progress;
+use entity::runs::Status;
 use entity::{TenantOwned, run_items, runs};
 use futures_util::Stream;
-use sea_orm::{ColumnTrait, QueryFilter, QuerySelect};
+use sea_orm::{ColumnTrait, PaginatorTrait, QueryFilter, QuerySelect};
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
@@ -54,7 +55,7 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
                     break;
                 }
             }
-            if seen.ended {
+            if seen.ended || is_over(&app, &run, seen.cursor).await? {
                 break;
             }
             for progress in subscription.turn.so_far() {
@@ -191,6 +192,15 @@ impl Seen {
         self.turn = turn;
         self.parts.clear();
     }
+}
+
+/// Whether the run has ended, and nothing of it lies behind the cursor: then no item tells of the end.
+async fn is_over(app: &App, run: &runs::Model, cursor: i64) -> Result<bool, Error> {
+    let ended = runs::Entity::in_tenant(run.tenant_id)
+        .filter(runs::Column::Id.eq(run.id))
+        .filter(runs::Column::Status.is_in(Status::TERMINAL))
+        .filter(runs::Column::NextSequence.lte(cursor.saturating_add(1)));
+    Ok(ended.count(app.db.read()).await? > 0)
 }
 
 /// The newest turn whose response lies at or before the cursor.

@@ -9,11 +9,12 @@ use cloister_runtime::journal::{Journal, JournalError, Progress};
 use cloister_runtime::spec::Lease;
 use entity::runs::Status;
 use entity::{TenantOwned, conversations, run_items, runs};
-use sea_orm::ActiveValue::Set;
+use sea_orm::ActiveValue::{Set, Unchanged};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
-    QuerySelect,
+    QuerySelect, Select,
 };
+use uuid::Uuid;
 
 use super::queue;
 use super::status::{code_name, stored};
@@ -43,6 +44,9 @@ pub async fn append_in(
     steps: Vec<Step>,
     now: DateTime<Utc>,
 ) -> Result<Option<Appended>, Error> {
+    if steps.iter().any(|step| matches!(step.body, Body::Status { .. })) {
+        lock_conversation(tx, runs::Entity::across_tenants().filter(runs::Column::Id.eq(lease.run_id))).await?;
+    }
     let run = runs::Entity::across_tenants()
         .filter(runs::Column::Id.eq(lease.run_id))
         .filter(runs::Column::Fence.eq(lease.fence))
@@ -56,6 +60,17 @@ pub async fn append_in(
     };
     let until = queue::lease_from(app, now);
     write(app, tx, run, steps, now, Some(until)).await.map(Some)
+}
+
+/// Locks a run's conversation, before the run: its end locks the conversation's next run, whose cancel or end would
+/// otherwise wait for us while we wait for it.
+pub async fn lock_conversation(tx: &DatabaseTransaction, run: Select<runs::Entity>) -> Result<(), Error> {
+    let id: Option<Option<Uuid>> = run.select_only().column(runs::Column::ConversationId).into_tuple().one(tx).await?;
+    if let Some(id) = id.flatten() {
+        let conversation = conversations::Entity::across_tenants().filter(conversations::Column::Id.eq(id));
+        conversation.lock_exclusive().one(tx).await?;
+    }
+    Ok(())
 }
 
 /// Stores items of a run whose row the caller's transaction holds, and does what they mean for the
@@ -76,7 +91,9 @@ pub async fn write(
         items.push(Item { sequence, created_at: now, step });
     }
     row.next_sequence = Set(before.next_sequence + i64::try_from(items.len()).unwrap_or(0));
-    row.lease_until = Set(lease_until);
+    // Only a run that a worker goes on with has a lease.
+    let goes_on = matches!(&row.status, Set(Status::Running) | Unchanged(Status::Running));
+    row.lease_until = Set(lease_until.filter(|_| goes_on));
     let run = row.update(tx).await?;
     let rows = items.iter().map(|item| to_row(&before, item)).collect::<Result<Vec<_>, Error>>()?;
     run_items::Entity::insert_many(rows).exec_without_returning(tx).await?;
@@ -108,10 +125,10 @@ fn apply(row: &mut runs::ActiveModel, step: &Step, now: DateTime<Utc>) {
             row.status = Set(stored(*status));
             if let Some(error) = error {
                 row.error_code = Set(Some(code_name(error.code)));
-                row.error_message = Set(Some(error.message.clone()));
+                row.error_message = Set(Some(storable(&error.message)));
             }
             if *status == RunStatus::Succeeded {
-                row.output = Set(Some(output.clone().unwrap_or_default()));
+                row.output = Set(Some(storable(output.as_deref().unwrap_or_default())));
             }
             if status.is_terminal() {
                 row.finished_at = Set(Some(now));
@@ -119,6 +136,11 @@ fn apply(row: &mut runs::ActiveModel, step: &Step, now: DateTime<Utc>) {
         }
         Body::Message { .. } | Body::Reasoning { .. } | Body::ToolCall { .. } | Body::ToolOutput { .. } => {}
     }
+}
+
+/// A model or a tool may say NUL, which PostgreSQL's text can't hold; the item has it as it was said.
+fn storable(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
 }
 
 /// The conversation's next run, which waited for this one to end; locked.

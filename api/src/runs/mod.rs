@@ -30,8 +30,6 @@ use crate::viewer::TenantViewer;
 
 /// The longest input, in characters.
 const MAX_INPUT: usize = 200_000;
-/// Unfinished runs a tenant may have; what is queued must end somewhere.
-const MAX_UNFINISHED: u64 = 20_000;
 
 /// What a run is started with.
 #[derive(Default)]
@@ -87,11 +85,6 @@ pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<run
     if quota::unused(app, tenant_id, Some(viewer.key.id)).await? <= 0 {
         let message = "Nothing is left of this month's tokens. Raise the limit, or wait for the new month.";
         return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
-    }
-    let unfinished = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Status.is_in(Status::UNFINISHED));
-    if unfinished.count(app.db.read()).await? >= MAX_UNFINISHED {
-        let message = format!("{MAX_UNFINISHED} runs are unfinished; wait for some of them.");
-        return Err(UserError::new(UserErrorCode::LimitExceeded, "", message).into());
     }
     let key = new.idempotency_key.clone();
     match insert(app, viewer, new, frozen, &fingerprint).await {
@@ -195,9 +188,7 @@ async fn insert(
     if !waits {
         run = queue::enqueue(app, &tx, run).await?;
     }
-    tx.commit().await?;
-    announce(app, std::slice::from_ref(&run));
-    app.pool.wake();
+    app.pool.commit_queued(app, tx, &run).await?;
     Ok(run)
 }
 
@@ -251,8 +242,8 @@ pub async fn cancel(app: &App, tenant_id: Uuid, id: Uuid) -> Outcome<runs::Model
     }
     let appended = cancel_in(app, &tx, run).await?;
     tx.commit().await?;
-    app.pool.abandon(id);
     let run = appended.run.clone();
+    app.pool.abandon(id, run.fence);
     journal::publish(app, appended);
     Ok(run)
 }
@@ -328,9 +319,9 @@ pub async fn resume(app: &App, viewer: &TenantViewer, id: Uuid) -> Outcome<runs:
     let step = Step { agent_name, turn: None, body: Body::status(RunStatus::Queued) };
     let mut appended = journal::write(app, &tx, run, vec![step], app.clock.now(), None).await?;
     appended.run = queue::enqueue(app, &tx, appended.run).await?;
-    tx.commit().await?;
     let run = appended.run.clone();
-    journal::publish(app, appended);
+    app.pool.commit_queued(app, tx, &run).await?;
+    app.live.items(run.id, appended.items, false);
     Ok(run)
 }
 
@@ -341,7 +332,9 @@ fn run_agent_name(run: &runs::Model) -> Result<String, Error> {
 
 /// A tenant's run, its row locked. A run's row is locked before its queue's, everywhere.
 async fn locked(tx: &DatabaseTransaction, tenant_id: Uuid, id: Uuid) -> Outcome<runs::Model> {
-    let run = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.eq(id)).lock_exclusive().one(tx).await?;
+    let run = || runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.eq(id));
+    journal::lock_conversation(tx, run()).await?;
+    let run = run().lock_exclusive().one(tx).await?;
     run.ok_or_else(|| UserError::not_found("runId", "run").into())
 }
 
@@ -350,7 +343,7 @@ async fn locked(tx: &DatabaseTransaction, tenant_id: Uuid, id: Uuid) -> Outcome<
 pub fn announce(app: &App, moved: &[runs::Model]) {
     for run in moved {
         if run.status != Status::Running {
-            app.pool.abandon(run.id);
+            app.pool.abandon(run.id, run.fence);
         }
         app.changes.publish(run.tenant_id, Change::Run(Arc::new(run.clone())));
     }

@@ -12,8 +12,7 @@ use cloister_runtime::spec::{Claim, Lease, RunSpec};
 use dashmap::DashMap;
 use entity::{TenantOwned, runs, tenants};
 use futures_util::stream::BoxStream;
-use sea_orm::QueryOrder;
-use sea_orm::{ColumnTrait, QueryFilter};
+use sea_orm::{ColumnTrait, DatabaseTransaction, DbErr, QueryFilter, QueryOrder};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
@@ -23,6 +22,7 @@ use crate::agents::graph;
 use crate::app::App;
 use crate::error::Error;
 use crate::models::gateway::{self, JournalWrite};
+use crate::tenants::changes::Change;
 use crate::tenants::signing_secrets;
 use crate::usage::quota::CallOrigin;
 
@@ -34,12 +34,14 @@ pub struct Pool {
     concurrency: usize,
     wake: Notify,
     active: DashMap<Uuid, (Lease, Stop)>,
+    /// Runs on their way into the queue, of which nobody was told yet.
+    entering: DashMap<Uuid, runs::Model>,
 }
 
 impl Pool {
     /// A pool that executes `concurrency` runs at once.
     pub fn new(concurrency: usize) -> Self {
-        Self { concurrency, wake: Notify::new(), active: DashMap::new() }
+        Self { concurrency, wake: Notify::new(), active: DashMap::new(), entering: DashMap::new() }
     }
 
     /// Says that the queue may hold something to claim.
@@ -47,18 +49,60 @@ impl Pool {
         self.wake.notify_one();
     }
 
-    /// Drops a run at once, if it is executed here: its lease is gone.
-    pub fn abandon(&self, run_id: Uuid) {
-        if let Some(entry) = self.active.get(&run_id) {
+    /// Runs executed now.
+    pub fn active(&self) -> usize {
+        self.active.len()
+    }
+
+    /// Drops a run at once, if it is executed here by a claim no newer than `fence`: that lease is gone. A
+    /// newer claim may have taken its place already.
+    pub fn abandon(&self, run_id: Uuid, fence: i64) {
+        if let Some(entry) = self.active.get(&run_id)
+            && entry.0.fence <= fence
+        {
             entry.1.abandon.cancel();
         }
+    }
+
+    /// Commits what lets a run into the queue, and tells of it. Whoever claims the run before that tells in our
+    /// place ([`Pool::tell_queued`]), so that no subscriber hears RUNNING before QUEUED.
+    pub async fn commit_queued(&self, app: &App, tx: DatabaseTransaction, run: &runs::Model) -> Result<(), DbErr> {
+        let _entering = Entering::new(self, run);
+        tx.commit().await?;
+        self.tell_queued(app, run.id);
+        self.wake();
+        Ok(())
+    }
+
+    /// Tells that a run is queued, unless that was told. Under the entry's lock, so that it is told when this returns.
+    fn tell_queued(&self, app: &App, run_id: Uuid) {
+        self.entering.remove_if(&run_id, |_, run| {
+            app.changes.publish(run.tenant_id, Change::Run(Arc::new(run.clone())));
+            true
+        });
+    }
+}
+
+/// A run's entry in [`Pool::entering`]; it goes with this, also when the commit fails.
+struct Entering<'a>(&'a Pool, Uuid);
+
+impl<'a> Entering<'a> {
+    fn new(pool: &'a Pool, run: &runs::Model) -> Self {
+        pool.entering.insert(run.id, run.clone());
+        Self(pool, run.id)
+    }
+}
+
+impl Drop for Entering<'_> {
+    fn drop(&mut self) {
+        self.0.entering.remove(&self.1);
     }
 }
 
 /// Claims and executes until the process is asked to stop.
 pub async fn work(app: App) {
     while !app.stopping.is_cancelled() {
-        let free = app.pool.concurrency.saturating_sub(app.pool.active.len());
+        let free = app.pool.concurrency.saturating_sub(app.pool.active());
         match queue::claim(&app, queue::SHARED, free.min(32)).await {
             Ok(claimed) if !claimed.is_empty() => {
                 for run in claimed {
@@ -82,6 +126,7 @@ fn begin(app: &App, claimed: runs::Model) {
     let (next_sequence, agent_name) = (claimed.next_sequence, super::run_agent_name(&claimed).unwrap_or_default());
     let stop = Stop { abandon: Default::default(), hand_back: app.stopping.child_token() };
     app.pool.active.insert(lease.run_id, (lease, stop.clone()));
+    app.pool.tell_queued(app, lease.run_id);
     announce(app, std::slice::from_ref(&claimed));
     let app = app.clone();
     app.clone().tasks.spawn(async move {
@@ -145,7 +190,7 @@ async fn hand_back(app: &App, lease: Lease) {
 pub async fn hand_back_all(app: &App) {
     let held: Vec<Lease> = app.pool.active.iter().map(|entry| entry.0).collect();
     for lease in held {
-        app.pool.abandon(lease.run_id);
+        app.pool.abandon(lease.run_id, lease.fence);
         hand_back(app, lease).await;
     }
 }
@@ -153,8 +198,8 @@ pub async fn hand_back_all(app: &App) {
 /// Renews the leases of the runs executed here, and drops those that were lost.
 pub async fn renew_leases(app: &App) -> Result<(), Error> {
     let held = app.pool.active.iter().map(|entry| (entry.0.run_id, entry.0.fence)).collect();
-    for lost in queue::renew(app, held).await? {
-        app.pool.abandon(lost);
+    for (lost, fence) in queue::renew(app, held).await? {
+        app.pool.abandon(lost, fence);
     }
     Ok(())
 }

@@ -5,7 +5,8 @@
 //! locks the row that a tenant has in the pool before it takes its runs, so that caps never overshoot, and a
 //! capped tenant's backlog is never looked at.
 //!
-//! Whoever else needs both locks a run's row before its queue's. A claim does not wait for runs that are
+//! Whoever else needs both locks a run's row before its queue's, and before either the run's conversation, which
+//! ends and starts of its runs have to do with ([`super::journal::lock_conversation`]). A claim does not wait for runs that are
 //! locked, so the two orders can't block each other.
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -221,7 +222,7 @@ pub async fn take_back(tx: &DatabaseTransaction, whose: Whose) -> Result<Vec<run
 }
 
 /// Renews leases; those that were lost are returned.
-pub async fn renew(app: &App, held: Vec<(Uuid, i64)>) -> Result<Vec<Uuid>, Error> {
+pub async fn renew(app: &App, held: Vec<(Uuid, i64)>) -> Result<Vec<(Uuid, i64)>, Error> {
     let until = lease_from(app, app.clock.now());
     let mut lost = Vec::new();
     for (id, fence) in held {
@@ -233,7 +234,7 @@ pub async fn renew(app: &App, held: Vec<(Uuid, i64)>) -> Result<Vec<Uuid>, Error
             .exec(app.db.write())
             .await?;
         if renewed.rows_affected == 0 {
-            lost.push(id);
+            lost.push((id, fence));
         }
     }
     Ok(lost)

@@ -13,6 +13,7 @@ use super::quota;
 use crate::app::App;
 use crate::clock::day_of;
 use crate::error::Error;
+use crate::metrics::{self, CallOutcome};
 use crate::models::catalog;
 use crate::tenants::changes::Change;
 
@@ -120,6 +121,7 @@ pub async fn sweep(app: &App, all: bool) -> Result<(), Error> {
         let tx = app.db.begin().await?;
         settle(&tx, &orphan, &usage).await?;
         tx.commit().await?;
+        metrics::model_call(CallOutcome::Orphaned, Some(&usage));
         tracing::warn!(call_id = %orphan.call_id, tokens = usage.total_tokens(), "settled an orphaned model call by estimate");
         app.releases.wake();
         app.changes.publish(orphan.tenant_id, Change::Usage);

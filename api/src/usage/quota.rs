@@ -122,27 +122,32 @@ pub async fn reserve(app: &App, origin: &CallOrigin, ask: Ask) -> Result<Reserve
     let deadline = Instant::now() + Duration::from_millis(app.config.runs.quota_wait_ms);
     let mut max_output = ask.max_output;
     loop {
-        // Registered before the counters are read, so that a release in between is not missed.
-        let released = app.releases.0.notified();
         if let Some(reservation) = try_reserve(app, origin, ask, max_output).await? {
             return Ok(Reserved { reservation, max_output });
         }
-        match look(app, origin, ask.input_tokens, max_output).await? {
-            Room::Now => {}
-            Room::Clamped(to) => max_output = to,
-            Room::Later => {
-                // Other replicas' releases are found by looking again.
-                let again = Instant::now() + Duration::from_millis(500);
-                tokio::select! {
-                    () = released => {}
-                    () = tokio::time::sleep_until(again.min(deadline)) => {}
+        // Many may wait for the same room: they look, and only who sees room writes.
+        loop {
+            // Registered before the counters are read, so that a release in between is not missed.
+            let released = app.releases.0.notified();
+            match look(app, origin, ask.input_tokens, max_output).await? {
+                Room::Now => break,
+                Room::Clamped(to) => {
+                    max_output = to;
+                    break;
                 }
-                if Instant::now() >= deadline {
-                    return Err(Denied::Busy);
-                }
+                Room::Later => {}
+                Room::Never(Scope::Run) => return Err(Denied::RunLimit),
+                Room::Never(Scope::Tenant | Scope::Key) => return Err(Denied::Exhausted),
             }
-            Room::Never(Scope::Run) => return Err(Denied::RunLimit),
-            Room::Never(Scope::Tenant | Scope::Key) => return Err(Denied::Exhausted),
+            if Instant::now() >= deadline {
+                return Err(Denied::Busy);
+            }
+            // Other replicas' releases are found by looking again.
+            let again = Instant::now() + Duration::from_millis(500);
+            tokio::select! {
+                () = released => {}
+                () = tokio::time::sleep_until(again.min(deadline)) => {}
+            }
         }
     }
 }

@@ -131,7 +131,12 @@ impl<'a> State<'a> {
                 self.fold_output(call_id, step);
             }
             // A pause or a resumption changes nothing here: the run goes on where it was.
-            Body::Status { status, .. } => self.ended |= status.is_terminal(),
+            Body::Status { status, error, .. } => {
+                self.ended |= status.is_terminal();
+                if error.as_ref().is_some_and(|error| is_of_response(error.code)) {
+                    self.forget_failed_response();
+                }
+            }
         }
     }
 
@@ -155,6 +160,13 @@ impl<'a> State<'a> {
     fn fold_output(&mut self, call_id: String, step: Step) {
         if let Some(turn) = self.turns.last_mut() {
             turn.outputs.insert(call_id, step);
+        }
+    }
+
+    /// A response that ended the run as failed is no part of what later runs are shown. Beside calls none does.
+    fn forget_failed_response(&mut self) {
+        if self.turns.last().is_some_and(|turn| turn.calls.is_empty()) {
+            self.turns.pop();
         }
     }
 
@@ -327,6 +339,11 @@ impl Call<'_> {
 /// The agent's handoffs with the agents they lead to, in the order they are offered.
 pub fn handoffs<'a>(spec: &'a RunSpec, agent: &'a AgentSpec) -> impl Iterator<Item = (&'a Handoff, &'a AgentSpec)> {
     agent.handoffs.iter().filter_map(|handoff| Some((handoff, spec.agents.get(&handoff.agent_id)?)))
+}
+
+/// Whether a failure is that of the last response.
+fn is_of_response(code: RunErrorCode) -> bool {
+    matches!(code, RunErrorCode::ModelBehavior | RunErrorCode::ModelRefusal)
 }
 
 fn target<'a>(spec: &'a RunSpec, agent: &'a AgentSpec, name: &str) -> Target<'a> {

@@ -1,13 +1,13 @@
 //! What the tests of metering, quota and crashes share: agents and runs in a line, and the ledger seen from
 //! all its sides.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use cloister_tests::{Client, ModelServer, PATIENCE, Tenant, TestApp};
 use entity::runs::Status;
 use entity::{TenantOwned, quota_counters, quota_reservations, run_items, runs, usage_records, usage_totals};
-use sea_orm::{ColumnTrait, DatabaseConnection, EntityTrait, QueryFilter, QueryOrder};
+use sea_orm::{ColumnTrait, DatabaseConnection, QueryFilter, QueryOrder};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -93,8 +93,9 @@ pub async fn succeed(client: &Client, agent: &str, text: &str) -> Value {
 
 /// What the API says of a run.
 pub async fn look(client: &Client, run: &str) -> Value {
-    let query =
-        format!("query ($run: ID!) {{ run(id: $run) {{ id status output turns error {{ code message }} usage {{ ...U }} }} }} {TOKENS}");
+    let query = format!(
+        "query ($run: ID!) {{ run(id: $run) {{ id status output turns error {{ code message }} usage {{ ...U }} }} }} {TOKENS}"
+    );
     client.data(&query, json!({"run": run})).await["run"].clone()
 }
 
@@ -268,7 +269,7 @@ pub async fn agreed(app: &TestApp, tenant: &Tenant) -> Sum {
     }));
     assert_eq!(totals, ledger, "usage_totals");
 
-    let mut used: HashMap<quota_counters::Scope, i64> = HashMap::new();
+    let mut used: BTreeMap<quota_counters::Scope, i64> = BTreeMap::new();
     for counter in quota_counters::Entity::across_tenants().all(&db).await.unwrap() {
         assert_eq!(counter.reserved, 0, "{counter:?}");
         *used.entry(counter.scope).or_default() += counter.used;

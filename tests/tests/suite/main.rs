@@ -2,11 +2,29 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod agents;
+mod auth;
+mod bad_input;
 mod both;
+mod calls;
+mod config;
+mod conversations;
 mod crash;
+mod events;
+mod generated;
+mod handoffs;
 mod invoice;
 mod ledger;
+mod limits;
+mod matrix;
 mod metering;
 mod model_server;
 mod quota;
+mod rest;
+mod runs;
+mod schema;
+mod statements;
+mod steps;
 mod support;
+mod tools;
+mod transports;

@@ -1,0 +1,79 @@
+//! What the platform counts, for Prometheus. No label names a tenant, and nothing of theirs is in it.
+
+use axum::extract::State;
+use http::HeaderMap;
+use metrics::{counter, describe_counter, describe_gauge, gauge};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+
+use cloister_runtime::item::TokenUsage;
+
+use crate::app::App;
+use crate::http::RestError;
+use crate::viewer::credential;
+
+/// What a model call came to.
+#[derive(Clone, Copy, Debug)]
+pub enum CallOutcome {
+    /// It was charged.
+    Settled,
+    /// It was charged, and its tokens were counted by us.
+    Estimated,
+    /// The provider answered with an error status; nothing was charged.
+    Refused,
+    /// Its process died; it was settled by estimate.
+    Orphaned,
+}
+
+impl CallOutcome {
+    fn label(self) -> &'static str {
+        match self {
+            CallOutcome::Settled => "settled",
+            CallOutcome::Estimated => "estimated",
+            CallOutcome::Refused => "refused",
+            CallOutcome::Orphaned => "orphaned",
+        }
+    }
+}
+
+/// Starts counting in this process. A second call shares the first one's counts.
+pub fn install() -> PrometheusHandle {
+    static HANDLE: std::sync::OnceLock<PrometheusHandle> = std::sync::OnceLock::new();
+    let handle = HANDLE.get_or_init(|| {
+        let recorder = PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        // Fails only if somebody else counts already; then these stay at zero.
+        let _ = metrics::set_global_recorder(recorder);
+        describe_counter!("cloister_model_calls_total", "Model calls by what they came to.");
+        describe_counter!("cloister_tokens_total", "Tokens charged, by bucket.");
+        describe_counter!("cloister_quota_excess_tokens_total", "Tokens charged beyond what their calls had reserved.");
+        describe_gauge!("cloister_runs_active", "Runs that this process executes.");
+        handle
+    });
+    handle.clone()
+}
+
+/// Counts a model call, and what it was charged if it was.
+pub fn model_call(outcome: CallOutcome, usage: Option<&TokenUsage>) {
+    counter!("cloister_model_calls_total", "outcome" => outcome.label()).increment(1);
+    let Some(usage) = usage else { return };
+    for (bucket, tokens) in [
+        ("input", usage.input_tokens),
+        ("cache_read", usage.cache_read_tokens),
+        ("cache_write", usage.cache_write_tokens),
+        ("output", usage.output_tokens),
+    ] {
+        counter!("cloister_tokens_total", "bucket" => bucket).increment(tokens.unsigned_abs());
+    }
+}
+
+/// Counts tokens that were charged beyond a call's reservation.
+pub fn quota_excess(tokens: i64) {
+    counter!("cloister_quota_excess_tokens_total").increment(tokens.unsigned_abs());
+}
+
+/// `GET /metrics`, for the platform admin's key: the platform's volume is nobody else's business.
+pub async fn scrape(State(app): State<App>, headers: HeaderMap) -> Result<String, RestError> {
+    app.authenticate(credential(&headers)).await?.require_admin()?;
+    gauge!("cloister_runs_active").set(app.pool.active() as f64);
+    Ok(app.metrics.render())
+}

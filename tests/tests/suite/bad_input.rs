@@ -1,0 +1,698 @@
+//! Bad input, field by field: a clear error that names the field, nothing stored, nothing secret logged.
+
+use std::collections::BTreeMap;
+
+use cloister_tests::app::TestAppBuilder;
+use cloister_tests::{Client, GraphqlResponse, Tenant, TestApp};
+use serde_json::{Value, json};
+
+use crate::both::on_both;
+use crate::calls::{done, finished_run, missing, mutate, new_agent, new_key, refusals, row_counts, tenant_rows, text};
+use crate::generated::{Api, Kind, Values};
+
+on_both!(
+    an_agents_fields_are_checked,
+    a_webhook_never_points_inside,
+    a_runs_fields_are_checked,
+    a_keys_fields_are_checked,
+    a_tenants_fields_are_checked,
+    queries_check_their_arguments,
+    what_is_missing_or_of_the_wrong_type_is_named,
+    a_request_that_is_no_request_is_told_so,
+);
+
+/// What a test's tables look like, to see that nothing was stored.
+async fn stored(app: &TestApp, tenant: &Tenant) -> (BTreeMap<String, i64>, BTreeMap<String, Vec<String>>) {
+    (row_counts(app).await, tenant_rows(app, &tenant.id).await)
+}
+
+/// `base` with one field more, or in place of its own.
+fn with(base: &Value, field: &str, value: Value) -> Value {
+    let mut input = base.clone();
+    input[field] = value;
+    input
+}
+
+/// Asserts that a mutation is refused for exactly this.
+async fn assert_refused(client: &Client, name: &str, input: Value, code: &str, field: &str) -> GraphqlResponse {
+    let answer = mutate(client, name, input.clone()).await;
+    let shown: String = input.to_string().chars().take(200).collect();
+    assert_eq!(refusals(&answer, name), [(code.to_owned(), field.to_owned())], "{name} {shown}");
+    let payload = &answer.data()[name];
+    let others = payload.as_object().expect("a payload").iter().filter(|(part, _)| *part != "errors");
+    assert!(others.clone().count() > 0 && others.clone().all(|(_, part)| part.is_null()), "{payload}");
+    assert!(!text(payload, "/errors/0/message").is_empty());
+    answer
+}
+
+fn long(characters: usize) -> String {
+    // Counted in characters, not in bytes.
+    "ä".repeat(characters)
+}
+
+async fn an_agents_fields_are_checked(builder: TestAppBuilder) {
+    let app = builder.env("CLOISTER_LOG__FILTER", "info,cloister_api=trace,cloister_runtime=trace").start().await;
+    let (tenant, other) = (app.tenant("alpha").await, app.tenant("beta").await);
+    let own = new_agent(&tenant.client, json!({"name": "own"})).await;
+    let foreign = new_agent(&other.client, json!({})).await;
+    let deleted = new_agent(&tenant.client, json!({})).await;
+    done(&tenant.client, "deleteAgent", json!({"agentId": deleted})).await;
+    let before = stored(&app, &tenant).await;
+
+    let webhook = |field: &str, value: Value| {
+        let base = json!({"name": "look_up", "description": "Looks up.", "url": "https://example.com/hook"});
+        json!([{"webhook": with(&base, field, value)}])
+    };
+    let settings = |field: &str, value: Value| json!({ field: value });
+    let handoff = |field: &str, value: Value| json!([with(&json!({"agentId": own}), field, value)]);
+    let token = "tok-2c8e4fb7 with a space";
+    let many_tools: Vec<Value> = (0..129)
+        .map(|at| json!({"webhook": {"name": format!("t{at}"), "description": "", "url": "https://example.com/"}}))
+        .collect();
+    let many_handoffs = vec![json!({"agentId": own}); 65];
+    let fields = vec![
+        ("name", json!(""), "INVALID", "name"),
+        ("name", json!(" \t\n"), "INVALID", "name"),
+        ("name", json!(long(101)), "INVALID", "name"),
+        ("name", json!("a\u{0}b"), "INVALID", "name"),
+        ("description", json!(long(2_001)), "INVALID", "description"),
+        ("description", json!("\u{0}"), "INVALID", "description"),
+        ("model", json!(""), "UNKNOWN_MODEL", "model"),
+        ("model", json!("gpt-99"), "UNKNOWN_MODEL", "model"),
+        ("model", json!("demo\u{0}"), "UNKNOWN_MODEL", "model"),
+        ("instructions", json!(long(100_001)), "INVALID", "instructions"),
+        ("instructions", json!("a\u{0}b"), "INVALID", "instructions"),
+        ("modelSettings", settings("temperature", json!(-0.1)), "INVALID", "modelSettings.temperature"),
+        ("modelSettings", settings("temperature", json!(2.01)), "INVALID", "modelSettings.temperature"),
+        ("modelSettings", settings("topP", json!(1.01)), "INVALID", "modelSettings.topP"),
+        ("modelSettings", settings("topP", json!(-1e300)), "INVALID", "modelSettings.topP"),
+        ("modelSettings", settings("maxOutputTokens", json!(0)), "INVALID", "modelSettings.maxOutputTokens"),
+        ("modelSettings", settings("maxOutputTokens", json!(-1)), "INVALID", "modelSettings.maxOutputTokens"),
+        (
+            "modelSettings",
+            settings("maxOutputTokens", json!(2_147_483_647)),
+            "INVALID",
+            "modelSettings.maxOutputTokens",
+        ),
+        ("modelSettings", settings("toolChoice", json!("")), "INVALID", "modelSettings.toolChoice"),
+        ("modelSettings", settings("toolChoice", json!("no spaces")), "INVALID", "modelSettings.toolChoice"),
+        ("tools", json!(many_tools), "LIMIT_EXCEEDED", "tools"),
+        ("tools", webhook("name", json!("")), "INVALID", "tools.0.webhook.name"),
+        ("tools", webhook("name", json!("no spaces")), "INVALID", "tools.0.webhook.name"),
+        ("tools", webhook("name", json!("x".repeat(65))), "INVALID", "tools.0.webhook.name"),
+        ("tools", webhook("name", json!("nul\u{0}")), "INVALID", "tools.0.webhook.name"),
+        ("tools", webhook("description", json!(long(1_025))), "INVALID", "tools.0.webhook.description"),
+        ("tools", webhook("description", json!("\u{0}")), "INVALID", "tools.0.webhook.description"),
+        ("tools", webhook("parameters", json!([])), "INVALID", "tools.0.webhook.parameters"),
+        ("tools", webhook("parameters", json!("object")), "INVALID", "tools.0.webhook.parameters"),
+        ("tools", webhook("parameters", json!(true)), "INVALID", "tools.0.webhook.parameters"),
+        ("tools", webhook("parameters", json!({"type": 5})), "INVALID", "tools.0.webhook.parameters"),
+        ("tools", webhook("parameters", json!({"type": "objekt"})), "INVALID", "tools.0.webhook.parameters"),
+        ("tools", webhook("parameters", json!({"required": "x"})), "INVALID", "tools.0.webhook.parameters"),
+        (
+            "tools",
+            webhook("parameters", json!({"properties": {"a": {"pattern": "("}}})),
+            "INVALID",
+            "tools.0.webhook.parameters",
+        ),
+        ("tools", webhook("parameters", json!({"$ref": "#/nowhere"})), "INVALID", "tools.0.webhook.parameters"),
+        (
+            "tools",
+            webhook("parameters", json!({"$ref": "https://example.com/s.json"})),
+            "INVALID",
+            "tools.0.webhook.parameters",
+        ),
+        (
+            "tools",
+            webhook("parameters", json!({"$ref": "file:///etc/passwd"})),
+            "INVALID",
+            "tools.0.webhook.parameters",
+        ),
+        (
+            "tools",
+            webhook("parameters", json!({"description": "x".repeat(65_536)})),
+            "INVALID",
+            "tools.0.webhook.parameters",
+        ),
+        ("tools", webhook("parameters", json!({"description": "a\u{0}b"})), "INVALID", "tools.0.webhook.parameters"),
+        ("tools", webhook("timeoutMs", json!(0)), "INVALID", "tools.0.webhook.timeoutMs"),
+        ("tools", webhook("timeoutMs", json!(-1)), "INVALID", "tools.0.webhook.timeoutMs"),
+        ("tools", webhook("timeoutMs", json!(300_001)), "INVALID", "tools.0.webhook.timeoutMs"),
+        ("tools", webhook("token", json!(token)), "INVALID", "tools.0.webhook.token"),
+        ("tools", webhook("token", json!("line\r\nbreak")), "INVALID", "tools.0.webhook.token"),
+        ("tools", webhook("token", json!("")), "INVALID", "tools.0.webhook.token"),
+        ("tools", webhook("token", json!("x".repeat(4_097))), "INVALID", "tools.0.webhook.token"),
+        ("tools", webhook("needsApproval", json!(true)), "NOT_SUPPORTED_YET", "tools.0.webhook.needsApproval"),
+        (
+            "tools",
+            json!([{"agent": {"name": "a", "description": "", "agentId": own}}]),
+            "NOT_SUPPORTED_YET",
+            "tools.0.agent",
+        ),
+        ("tools", json!([{"mcp": {"name": "a", "url": "https://example.com/"}}]), "NOT_SUPPORTED_YET", "tools.0.mcp"),
+        ("tools", json!([{"hosted": {"name": "web_search"}}]), "NOT_SUPPORTED_YET", "tools.0.hosted"),
+        ("handoffs", json!(many_handoffs), "LIMIT_EXCEEDED", "handoffs"),
+        ("handoffs", handoff("agentId", json!("")), "NOT_FOUND", "handoffs.0.agentId"),
+        ("handoffs", handoff("agentId", json!("nonsense\u{0}")), "NOT_FOUND", "handoffs.0.agentId"),
+        ("handoffs", handoff("agentId", json!(missing("agt"))), "NOT_FOUND", "handoffs.0.agentId"),
+        ("handoffs", handoff("agentId", json!(own.replace("agt", "run"))), "NOT_FOUND", "handoffs.0.agentId"),
+        ("handoffs", handoff("agentId", json!(foreign)), "NOT_FOUND", "handoffs.0.agentId"),
+        ("handoffs", handoff("agentId", json!(deleted)), "NOT_FOUND", "handoffs.0.agentId"),
+        ("handoffs", handoff("toolName", json!("no spaces")), "INVALID", "handoffs.0.toolName"),
+        ("handoffs", handoff("toolDescription", json!(long(1_025))), "INVALID", "handoffs.0.toolDescription"),
+        ("handoffs", handoff("inputFilter", json!("REMOVE_TOOLS")), "NOT_SUPPORTED_YET", "handoffs.0.inputFilter"),
+        ("handoffs", handoff("lastN", json!(2)), "NOT_SUPPORTED_YET", "handoffs.0.lastN"),
+        ("handoffs", handoff("nestHistory", json!(true)), "NOT_SUPPORTED_YET", "handoffs.0.nestHistory"),
+        ("handoffDescription", json!(long(1_025)), "INVALID", "handoffDescription"),
+        ("handoffDescription", json!("\u{0}"), "INVALID", "handoffDescription"),
+        (
+            "guardrails",
+            json!([{"name": "g", "stage": "INPUT", "rule": {"maxLength": 5}}]),
+            "NOT_SUPPORTED_YET",
+            "guardrails",
+        ),
+        ("outputSchema", json!({"type": "object"}), "NOT_SUPPORTED_YET", "outputSchema"),
+        ("fallbackModels", json!(["demo"]), "NOT_SUPPORTED_YET", "fallbackModels"),
+        ("stopAtTools", json!(["no spaces"]), "INVALID", "stopAtTools.0"),
+        ("stopAtTools", json!(["good", ""]), "INVALID", "stopAtTools.1"),
+        ("stopAtTools", json!(vec!["t"; 129]), "LIMIT_EXCEEDED", "stopAtTools"),
+        ("maxTurns", json!(0), "INVALID", "maxTurns"),
+        ("maxTurns", json!(-3), "INVALID", "maxTurns"),
+        ("maxTurns", json!(1_001), "INVALID", "maxTurns"),
+        ("maxToolConcurrency", json!(0), "INVALID", "maxToolConcurrency"),
+        ("maxToolConcurrency", json!(129), "INVALID", "maxToolConcurrency"),
+    ];
+    let create = json!({"name": "Agent", "model": "demo", "instructions": "Be brief."});
+    let update = json!({"agentId": own});
+    for (field, value, code, path) in fields {
+        let refused =
+            assert_refused(&tenant.client, "createAgent", with(&create, field, value.clone()), code, path).await;
+        if code == "UNKNOWN_MODEL" {
+            let message = text(&refused.data()["createAgent"], "/errors/0/message");
+            assert!(message.contains("demo") && message.contains("gpt-4o-mini"), "{message}");
+        }
+        assert_refused(&tenant.client, "updateAgent", with(&update, field, value), code, path).await;
+    }
+    for field in ["name", "model", "instructions"] {
+        assert_refused(&tenant.client, "updateAgent", with(&update, field, Value::Null), "INVALID", field).await;
+    }
+    for id in [
+        "",
+        "nonsense",
+        "agt_",
+        "\u{0}",
+        &missing("agt"),
+        &own.replace("agt", "key"),
+        &foreign,
+        &deleted,
+        &own.to_uppercase(),
+    ] {
+        for name in ["updateAgent", "publishAgent", "rollbackAgent", "deleteAgent"] {
+            let input = json!({"agentId": id});
+            let input = if name == "rollbackAgent" { with(&input, "version", json!(1)) } else { input };
+            assert_refused(&tenant.client, name, input, "NOT_FOUND", "agentId").await;
+        }
+    }
+    for version in [0, -1, 2, i32::MAX] {
+        let input = json!({"agentId": own, "version": version});
+        assert_refused(&tenant.client, "rollbackAgent", input, "NOT_FOUND", "version").await;
+    }
+    // Several problems come together, each with its path; and of a graph at its publish.
+    let several = json!({"name": "", "model": "none", "instructions": "", "maxTurns": 0, "guardrails": [{
+        "name": "g", "stage": "INPUT", "rule": {"maxLength": 5}}]});
+    let several = mutate(&tenant.client, "createAgent", several).await;
+    let mut found: Vec<String> = refusals(&several, "createAgent").into_iter().map(|(_, field)| field).collect();
+    found.sort();
+    assert_eq!(found, ["guardrails", "maxTurns", "model", "name"]);
+    let tool = json!({"webhook": {"name": "same", "description": "", "url": "https://example.com/"}});
+    let collision = with(&with(&create, "tools", json!([tool, tool])), "publish", json!(true));
+    let collision = mutate(&tenant.client, "createAgent", collision).await;
+    assert_eq!(refusals(&collision, "createAgent")[0].0, "NAME_COLLISION", "{}", collision.body);
+    // An empty list of what is not supported asks for nothing; so far nothing was stored.
+    assert_eq!(stored(&app, &tenant).await, before);
+    let empty = json!({"agentId": own, "guardrails": [], "fallbackModels": [], "outputSchema": null, "tools": [], "handoffs": []});
+    done(&tenant.client, "updateAgent", empty).await;
+    assert!(!app.log().contains("tok-2c8e4fb7"), "a token is in the log");
+}
+
+async fn a_webhook_never_points_inside(builder: TestAppBuilder) {
+    let app = builder.env("CLOISTER_WEBHOOKS__ALLOWED_HOSTS", "hooks.internal,10.9.8.7:8443").start().await;
+    let tenant = app.tenant("alpha").await;
+    let create = |url: &str| {
+        let tool = json!({"webhook": {"name": "t", "description": "", "url": url}});
+        json!({"name": "Agent", "model": "demo", "instructions": "", "tools": [tool]})
+    };
+    let before = stored(&app, &tenant).await;
+    let too_long = format!("https://example.com/{}", "x".repeat(2_048));
+    for url in [
+        "http://127.0.0.1/",
+        "http://127.0.0.1:8080/graphql",
+        "http://127.1/",
+        "http://2130706433/",
+        "http://0x7f.0.0.1/",
+        "http://0177.0.0.1/",
+        "http://127。0。0。1/",
+        "http://0.0.0.0/",
+        "http://localhost/",
+        "http://LOCALHOST./",
+        "http://a.localhost/",
+        "http://printer.local/",
+        "http://metadata.google.internal/computeMetadata/v1/",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://10.0.0.1/",
+        "http://172.16.0.1/",
+        "http://192.168.1.1/",
+        "http://100.64.0.1/",
+        "http://192.0.0.1/",
+        "http://198.18.0.1/",
+        "http://224.0.0.1/",
+        "http://255.255.255.255/",
+        "http://[::]/",
+        "http://[::1]/",
+        "http://[fe80::1]/",
+        "http://[fd00:ec2::254]/",
+        "http://[ff02::1]/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://[64:ff9b::7f00:1]/",
+        "http://[2002:7f00:1::1]/",
+        "http://[2001:0:7f00:1::1]/",
+        // Allowed at another port only.
+        "https://10.9.8.7/",
+        "https://10.9.8.7:8444/",
+        "https://user:secret-pass@example.com/",
+        "https://user@example.com/",
+        "ftp://example.com/",
+        "file:///etc/passwd",
+        "gopher://example.com/",
+        "javascript:alert(1)",
+        "data:text/plain,x",
+        "//example.com/",
+        "example.com",
+        "https://",
+        "not a URL",
+        &too_long,
+    ] {
+        assert_refused(&tenant.client, "createAgent", create(url), "INVALID", "tools.0.webhook.url").await;
+    }
+    // An empty one, or one with NUL, is wrong in more than one way.
+    for url in ["", " ", "https://\u{0}.example.com/", "https://example.com/\u{0}"] {
+        let refused = mutate(&tenant.client, "createAgent", create(url)).await;
+        let found = refusals(&refused, "createAgent");
+        let named = ("INVALID".to_owned(), "tools.0.webhook.url".to_owned());
+        assert!(!found.is_empty() && found.iter().all(|refusal| *refusal == named), "{url:?}: {found:?}");
+    }
+    assert_eq!(stored(&app, &tenant).await, before);
+    assert!(!app.log().contains("secret-pass"), "a password is in the log");
+    for url in
+        ["https://example.com/hook", "http://8.8.8.8:81/x?y=z", "http://hooks.internal/", "https://10.9.8.7:8443/x"]
+    {
+        done(&tenant.client, "createAgent", create(url)).await;
+    }
+}
+
+async fn a_runs_fields_are_checked(builder: TestAppBuilder) {
+    let app = builder.start().await;
+    let (tenant, other) = (app.tenant("alpha").await, app.tenant("beta").await);
+    let agent = new_agent(&tenant.client, json!({})).await;
+    let draft = new_agent(&tenant.client, json!({"publish": false})).await;
+    let foreign = new_agent(&other.client, json!({})).await;
+    let conversation = async |tenant: &Tenant, agent: &str| {
+        let run = finished_run(&tenant.client, json!({"agentId": agent, "input": "Hi", "newConversation": true})).await;
+        let document = "query ($id: ID!) { run(id: $id) { conversation { id } } }";
+        let conversation = tenant.client.data(document, json!({"id": run})).await;
+        (text(&conversation, "/run/conversation/id"), run)
+    };
+    let (own_conversation, own_run) = conversation(&tenant, &agent).await;
+    let (foreign_conversation, foreign_run) = conversation(&other, &foreign).await;
+    let before = stored(&app, &tenant).await;
+    let start = json!({"agentId": agent, "input": "Hi"});
+    for (field, value, code, path) in [
+        ("input", json!(""), "INVALID", "input"),
+        ("input", json!(" \n"), "INVALID", "input"),
+        ("input", json!(long(200_001)), "INVALID", "input"),
+        ("input", json!("a\u{0}b"), "INVALID", "input"),
+        ("agentId", json!(""), "NOT_FOUND", "agentId"),
+        ("agentId", json!("nonsense\u{0}"), "NOT_FOUND", "agentId"),
+        ("agentId", json!(missing("agt")), "NOT_FOUND", "agentId"),
+        ("agentId", json!(own_run), "NOT_FOUND", "agentId"),
+        ("agentId", json!(foreign), "NOT_FOUND", "agentId"),
+        ("agentId", json!(draft), "NOT_PUBLISHED", "agentId"),
+        ("conversationId", json!(""), "NOT_FOUND", "conversationId"),
+        ("conversationId", json!(missing("cnv")), "NOT_FOUND", "conversationId"),
+        ("conversationId", json!(agent), "NOT_FOUND", "conversationId"),
+        ("conversationId", json!(foreign_conversation), "NOT_FOUND", "conversationId"),
+        ("version", json!(0), "INVALID", "version"),
+        ("version", json!(-1), "INVALID", "version"),
+        ("version", json!(2), "NOT_FOUND", "version"),
+        ("maxTokens", json!(0), "INVALID", "maxTokens"),
+        ("maxTokens", json!(-5), "INVALID", "maxTokens"),
+        ("maxTokens", json!(i64::MAX), "INVALID", "maxTokens"),
+        ("timeoutSeconds", json!(0), "INVALID", "timeoutSeconds"),
+        ("timeoutSeconds", json!(-1), "INVALID", "timeoutSeconds"),
+        ("timeoutSeconds", json!(86_401), "INVALID", "timeoutSeconds"),
+        ("idempotencyKey", json!(""), "INVALID", "idempotencyKey"),
+        ("idempotencyKey", json!(long(256)), "INVALID", "idempotencyKey"),
+        ("idempotencyKey", json!("\u{0}"), "INVALID", "idempotencyKey"),
+        ("variables", json!({}), "NOT_SUPPORTED_YET", "variables"),
+        ("onBusy", json!("REJECT"), "NOT_SUPPORTED_YET", "onBusy"),
+        ("onBusy", json!("INTERRUPT"), "NOT_SUPPORTED_YET", "onBusy"),
+    ] {
+        assert_refused(&tenant.client, "startRun", with(&start, field, value), code, path).await;
+    }
+    let both = with(&with(&start, "conversationId", json!(own_conversation)), "newConversation", json!(true));
+    assert_refused(&tenant.client, "startRun", both, "INVALID", "newConversation").await;
+    let both = with(&with(&start, "version", json!(1)), "draft", json!(true));
+    assert_refused(&tenant.client, "startRun", both, "INVALID", "draft").await;
+    for id in ["", "nonsense", "\u{0}", &missing("run"), &agent, &foreign_run] {
+        for name in ["cancelRun", "resumeRun"] {
+            assert_refused(&tenant.client, name, json!({"runId": id}), "NOT_FOUND", "runId").await;
+        }
+    }
+    for id in ["", "nonsense", "\u{0}", &missing("cnv"), &own_run, &foreign_conversation] {
+        let input = json!({"conversationId": id});
+        assert_refused(&tenant.client, "deleteConversation", input, "NOT_FOUND", "conversationId").await;
+    }
+    // A run that has ended is neither cancelled nor resumed.
+    for name in ["cancelRun", "resumeRun"] {
+        assert_refused(&tenant.client, name, json!({"runId": own_run}), "STATE", "runId").await;
+    }
+    let decision = json!({"runId": own_run, "callId": "c", "approve": true, "argumentsHash": "h"});
+    assert_refused(&tenant.client, "decideToolCall", decision, "NOT_SUPPORTED_YET", "decideToolCall").await;
+    assert_eq!(stored(&app, &tenant).await, before);
+}
+
+async fn a_keys_fields_are_checked(builder: TestAppBuilder) {
+    let app = builder.start().await;
+    let (tenant, other) = (app.tenant("alpha").await, app.tenant("beta").await);
+    let (own, _) = new_key(&tenant.client, json!({"name": "own"})).await;
+    let (foreign, _) = new_key(&other.client, json!({"name": "foreign"})).await;
+    let before = stored(&app, &tenant).await;
+    let most: i64 = 1_000_000_000_000_000;
+    let fields = [
+        ("name", json!(""), "name"),
+        ("name", json!("  "), "name"),
+        ("name", json!(long(201)), "name"),
+        ("name", json!("a\u{0}b"), "name"),
+        ("scopes", json!([]), "scopes"),
+        ("expiresAt", json!("2001-01-01T00:00:00Z"), "expiresAt"),
+        ("monthlyTokenLimit", json!(-1), "monthlyTokenLimit"),
+        ("monthlyTokenLimit", json!(most + 1), "monthlyTokenLimit"),
+        ("monthlyTokenLimit", json!(i64::MIN), "monthlyTokenLimit"),
+    ];
+    for (field, value, path) in fields {
+        let create = with(&json!({"name": "key"}), field, value.clone());
+        assert_refused(&tenant.client, "createApiKey", create, "INVALID", path).await;
+        let update = with(&json!({"apiKeyId": own}), field, value);
+        assert_refused(&tenant.client, "updateApiKey", update, "INVALID", path).await;
+    }
+    for field in ["name", "isActive", "scopes"] {
+        let update = with(&json!({"apiKeyId": own}), field, Value::Null);
+        assert_refused(&tenant.client, "updateApiKey", update, "INVALID", field).await;
+    }
+    for seconds in [-1, 2_592_001, i32::MIN] {
+        let input = json!({"apiKeyId": own, "graceSeconds": seconds});
+        assert_refused(&tenant.client, "rotateApiKey", input, "INVALID", "graceSeconds").await;
+        let input = json!({"graceSeconds": seconds});
+        assert_refused(&tenant.client, "rotateWebhookSecret", input, "INVALID", "graceSeconds").await;
+    }
+    for id in ["", "nonsense", "\u{0}", &missing("key"), &tenant.id, &foreign] {
+        for name in ["updateApiKey", "rotateApiKey", "revokeApiKey"] {
+            assert_refused(&tenant.client, name, json!({"apiKeyId": id}), "NOT_FOUND", "apiKeyId").await;
+        }
+    }
+    for id in ["", "nonsense", "\u{0}", &missing("ten"), &own, &other.id] {
+        let input = json!({"name": "key", "tenantId": id});
+        assert_refused(&tenant.client, "createApiKey", input.clone(), "NOT_FOUND", "tenantId").await;
+        if *id != other.id {
+            assert_refused(&app.admin(), "createApiKey", input, "NOT_FOUND", "tenantId").await;
+        }
+    }
+    assert_eq!(stored(&app, &tenant).await, before);
+    // What is just within the limits is taken.
+    let widest = json!({"name": long(200), "monthlyTokenLimit": most, "expiresAt": "9999-12-31T23:59:59Z"});
+    new_key(&tenant.client, widest).await;
+    new_key(&tenant.client, json!({"name": "none", "monthlyTokenLimit": 0, "tenantId": tenant.id})).await;
+}
+
+async fn a_tenants_fields_are_checked(builder: TestAppBuilder) {
+    let app = builder.start().await;
+    let (tenant, admin) = (app.tenant("alpha").await, app.admin());
+    let before = stored(&app, &tenant).await;
+    let create = json!({"name": "New", "email": "new@example.test"});
+    let update = json!({"tenantId": tenant.id});
+    for (field, value) in [
+        ("name", json!("")),
+        ("name", json!(" ")),
+        ("name", json!(long(201))),
+        ("name", json!("a\u{0}b")),
+        ("monthlyTokenLimit", json!(-1)),
+        ("monthlyTokenLimit", json!(1_000_000_000_000_001_i64)),
+    ] {
+        assert_refused(&admin, "createTenant", with(&create, field, value.clone()), "INVALID", field).await;
+        assert_refused(&admin, "updateTenant", with(&update, field, value), "INVALID", field).await;
+    }
+    let too_long = format!("{}@example.test", "x".repeat(250));
+    for email in [
+        "",
+        "x",
+        "@",
+        "a@",
+        "@b.test",
+        "a@@b.test",
+        "a@b@c.test",
+        "a b@c.test",
+        "a@.test",
+        "a@b.",
+        "a@b\u{0}.test",
+        "a@b.test\n",
+        &too_long,
+    ] {
+        assert_refused(&admin, "createTenant", with(&create, "email", json!(email)), "INVALID", "email").await;
+    }
+    assert_refused(&admin, "updateTenant", with(&update, "name", Value::Null), "INVALID", "name").await;
+    for id in ["", "nonsense", "\u{0}", &missing("ten"), &tenant.id.replace("ten", "agt")] {
+        for name in ["updateTenant", "setTenantPlan", "suspendTenant", "resumeTenant", "deleteTenant"] {
+            let input = json!({"tenantId": id});
+            let input = if name == "setTenantPlan" { with(&input, "plan", json!("PRO")) } else { input };
+            assert_refused(&admin, name, input, "NOT_FOUND", "tenantId").await;
+        }
+    }
+    assert_eq!(stored(&app, &tenant).await, before);
+}
+
+async fn queries_check_their_arguments(builder: TestAppBuilder) {
+    let app = builder.start().await;
+    let tenant = app.tenant("alpha").await;
+    let agent = new_agent(&tenant.client, json!({})).await;
+    // An id of another kind, or of none, finds nothing.
+    for id in [
+        "",
+        "nonsense",
+        "\u{0}",
+        "agt_",
+        "agt_zzzzzzzzzzzzzzzzzzzzzzzzzz",
+        &agent.to_uppercase(),
+        &missing("run"),
+        &missing("xyz"),
+    ] {
+        let all = "query ($id: ID!) { node(id: $id) { id } agent(id: $id) { id } run(id: $id) { id } conversation(id: $id) { id } }";
+        let found = tenant.client.data(all, json!({"id": id})).await;
+        assert_eq!(found, json!({"node": null, "agent": null, "run": null, "conversation": null}), "{id:?}");
+        let filter = "query ($id: ID!) { a: runs(filter: {agentId: $id}) { nodes { id } } b: runs(filter: {conversationId: $id}) { nodes { id } } }";
+        let found = tenant.client.data(filter, json!({"id": id})).await;
+        assert_eq!(found, json!({"a": {"nodes": []}, "b": {"nodes": []}}), "{id:?}");
+        let subscription = "subscription ($id: ID!) { runEvents(runId: $id) { __typename } }";
+        let mut events = tenant.client.subscribe_sse(subscription, json!({"id": id})).await;
+        let refused = events.next_result().await.expect("a refusal");
+        assert_eq!(refused["errors"][0]["extensions"]["code"], "NOT_FOUND", "{id:?}");
+        assert!(text(&refused, "/errors/0/message").contains("runId"), "{refused}");
+    }
+    for month in
+        ["2026-13", "2026-00", "2026-1", "26-01", "2026", "", "nonsense", "2026-01-01", "+026-01", "2026-0\u{0}"]
+    {
+        for document in [
+            "query ($m: Month) { usage(period: $m) { period } }",
+            "query ($m: Month) { invoice(period: $m) { period } }",
+            "query ($m: Month) { tenant { usage(period: $m) { period } invoice(period: $m) { period } } }",
+        ] {
+            let refused = tenant.client.query(document, json!({"m": month})).await;
+            assert!(!refused.errors().is_empty(), "{month:?}: {}", refused.body);
+            assert_ne!(refused.error_code(), Some("INTERNAL"), "{month:?}: {}", refused.body);
+            assert!(text(&refused.errors()[0], "/message").contains("2026-11"), "{month:?}: {}", refused.body);
+        }
+    }
+    for month in ["0000-01", "0001-01", "1970-01", "9999-12"] {
+        let empty =
+            "query ($m: Month) { usage(period: $m) { period totalTokens } invoice(period: $m) { period tokensUsed } }";
+        let empty = tenant.client.data(empty, json!({"m": month})).await;
+        assert_eq!(empty["usage"], json!({"period": month, "totalTokens": 0}));
+        assert_eq!(empty["invoice"], json!({"period": month, "tokensUsed": 0}));
+    }
+    for (filter, valid) in [
+        (json!({"createdAfter": "2001-01-01T00:00:00Z", "status": ["QUEUED", "FAILED"]}), true),
+        (json!({"status": []}), true),
+        (json!({"createdBefore": "9999-12-31T23:59:59Z"}), true),
+        (json!({"createdAfter": "0000-01-01T00:00:00Z"}), true),
+        (json!({"createdAfter": "yesterday"}), false),
+        (json!({"createdAfter": 5}), false),
+        (json!({"status": ["DONE"]}), false),
+        (json!({"status": "QUEUED\u{0}"}), false),
+        (json!({"unknown": 1}), false),
+    ] {
+        let document = "query ($f: RunFilter) { runs(filter: $f) { nodes { id } } }";
+        let answer = tenant.client.query(document, json!({"f": filter})).await;
+        assert_eq!(answer.errors().is_empty(), valid, "{filter}: {}", answer.body);
+        assert_ne!(answer.error_code(), Some("INTERNAL"), "{filter}: {}", answer.body);
+    }
+    let run = finished_run(&tenant.client, json!({"agentId": agent, "input": "Hi"})).await;
+    let negative = "subscription ($id: ID!) { runEvents(runId: $id, after: -1) { __typename } }";
+    let mut events = tenant.client.subscribe_sse(negative, json!({"id": run})).await;
+    let refused = events.next_result().await.expect("a refusal");
+    assert_eq!(refused["errors"][0]["extensions"]["code"], "BAD_REQUEST");
+    assert!(text(&refused, "/errors/0/message").contains("after"), "{refused}");
+}
+
+/// Ids that nobody has.
+struct Nobody;
+
+impl Values for Nobody {
+    fn id(&self, _: &[String]) -> String {
+        missing("agt")
+    }
+}
+
+async fn what_is_missing_or_of_the_wrong_type_is_named(builder: TestAppBuilder) {
+    let app = builder.start().await;
+    let tenant = app.tenant("alpha").await;
+    let api = Api::read(&tenant.client).await;
+    let before = stored(&app, &tenant).await;
+    let mut tried = 0;
+    for root in api.roots().into_iter().filter(|root| root.kind == Kind::Mutation) {
+        let (document, variables) = api.call(&root, None, &Nobody, 0);
+        for slot in api.required_slots(&root) {
+            let pointer = format!("/{}", slot.join("/"));
+            let name = slot.last().expect("a slot");
+            let mut tries =
+                vec![("missing", None), ("null", Some(Value::Null)), ("an object", Some(json!({"no": "such"})))];
+            tries.push(("a list in a list", Some(json!([[{}]]))));
+            for (what, value) in tries {
+                let mut variables = variables.clone();
+                match value {
+                    Some(value) => *variables.pointer_mut(&pointer).expect("a value") = value,
+                    None => {
+                        let parent = pointer.rsplit_once('/').expect("a pointer").0;
+                        variables.pointer_mut(parent).and_then(Value::as_object_mut).expect("an object").remove(name);
+                    }
+                }
+                // The admin may call the admin's; whether input is read before rights is not what this asks.
+                for client in [&tenant.client, &app.admin()] {
+                    let answer = client.query(&document, variables.clone()).await;
+                    let code = answer
+                        .error_code()
+                        .unwrap_or_else(|| panic!("{} took {what} {pointer}: {}", root.path(), answer.body));
+                    assert!(
+                        matches!(code, "BAD_USER_INPUT" | "GRAPHQL_VALIDATION_FAILED"),
+                        "{} {what} {pointer}: {}",
+                        root.path(),
+                        answer.body
+                    );
+                    let message = text(&answer.errors()[0], "/message");
+                    assert!(message.contains(name.as_str()), "{} {what} {pointer}: {message}", root.path());
+                    assert!(message.len() < 400, "{message}");
+                    tried += 1;
+                }
+            }
+        }
+    }
+    assert!(tried > 200, "only {tried} tries");
+    assert_eq!(stored(&app, &tenant).await, before);
+}
+
+async fn a_request_that_is_no_request_is_told_so(builder: TestAppBuilder) {
+    let app = builder.env("CLOISTER_LOG__FILTER", "info,cloister_api=trace").start().await;
+    let tenant = app.tenant("alpha").await;
+    let before = stored(&app, &tenant).await;
+    let post = async |body: Vec<u8>| {
+        let request =
+            tenant.client.request(reqwest::Method::POST, "/graphql").header("content-type", "application/json");
+        let response =
+            request.header("accept", "application/graphql-response+json").body(body).send().await.expect("an answer");
+        let status = response.status().as_u16();
+        let content_type = response.headers()["content-type"].to_str().unwrap().to_owned();
+        let body = response.text().await.unwrap();
+        let body: Value = serde_json::from_str(&body).unwrap_or_else(|_| panic!("no JSON: {body}"));
+        assert!(content_type.starts_with("application/graphql-response+json"), "{content_type}");
+        assert!(body.get("data").is_none(), "{body}");
+        assert_eq!(body["errors"].as_array().map(Vec::len), Some(1), "{body}");
+        assert!(text(&body, "/errors/0/extensions/traceId").len() == 32, "{body}");
+        (status, text(&body, "/errors/0/extensions/code"), text(&body, "/errors/0/message"))
+    };
+    let mutation = "mutation { createApiKey(input: {name: \"batched\"}) { secret } }";
+    let batch = json!([{"query": mutation}, {"query": mutation}]);
+    let marked = "hidden-text-5f1d";
+    for (body, code, said) in [
+        ("".to_owned(), "BAD_REQUEST", "not valid JSON"),
+        ("{".to_owned(), "BAD_REQUEST", "not valid JSON"),
+        (format!("{{\"query\": \"{marked}"), "BAD_REQUEST", "not valid JSON"),
+        ("{\"query\": \"{ viewer { scopes } }\"} trailing".to_owned(), "BAD_REQUEST", "not valid JSON"),
+        ("[".repeat(100_000), "BAD_REQUEST", "not valid JSON"),
+        ("{\"query\": \"{ a }\", \"variables\": {\"x\": 1e999}}".to_owned(), "BAD_REQUEST", "not valid JSON"),
+        ("null".to_owned(), "BAD_REQUEST", "JSON object"),
+        ("\"{ viewer { scopes } }\"".to_owned(), "BAD_REQUEST", "JSON object"),
+        ("{}".to_owned(), "BAD_REQUEST", "query is missing"),
+        (json!({"query": null}).to_string(), "BAD_REQUEST", "query is missing"),
+        (json!({"query": 5}).to_string(), "BAD_REQUEST", "\"query\" must be a string"),
+        (json!({"query": ""}).to_string(), "BAD_REQUEST", "query is empty"),
+        (json!({"query": " # only a comment"}).to_string(), "BAD_REQUEST", "query is empty"),
+        (json!({"query": "{ viewer { scopes } }", "variables": []}).to_string(), "BAD_REQUEST", "\"variables\""),
+        (
+            json!({"query": "{ viewer { scopes } }", "operationName": {}}).to_string(),
+            "BAD_REQUEST",
+            "\"operationName\"",
+        ),
+        (
+            json!({"query": "{ viewer { scopes } }", "operationName": "X"}).to_string(),
+            "OPERATION_RESOLUTION_FAILURE",
+            "\"X\"",
+        ),
+        (
+            json!({"query": "query A { viewer { scopes } } query B { viewer { scopes } }"}).to_string(),
+            "OPERATION_RESOLUTION_FAILURE",
+            "operationName",
+        ),
+        (json!({"query": "{ viewer { scopes }"}).to_string(), "GRAPHQL_PARSE_FAILED", "Syntax error"),
+        (json!({"query": "{ viewer \u{0} }"}).to_string(), "GRAPHQL_PARSE_FAILED", "Syntax error"),
+        (json!({"query": "type T { a: Int }"}).to_string(), "GRAPHQL_PARSE_FAILED", "Syntax error"),
+        (json!({"query": "{ nonsense }"}).to_string(), "GRAPHQL_VALIDATION_FAILED", "nonsense"),
+        (json!({"query": "subscription { usage { totalTokens } }"}).to_string(), "BAD_REQUEST", "text/event-stream"),
+        (batch.to_string(), "BAD_REQUEST", "Batches are not supported"),
+        ("[]".to_owned(), "BAD_REQUEST", "Batches are not supported"),
+    ] {
+        let shown: String = body.chars().take(80).collect();
+        let (status, answered, message) = post(body.into_bytes()).await;
+        assert_eq!((status, answered.as_str()), (400, code), "{shown}: {message}");
+        assert!(message.contains(said), "{shown}: {message}");
+    }
+    let (status, code, _) = post(b"{\"query\": \"\xff\xfe\"}".to_vec()).await;
+    assert_eq!((status, code.as_str()), (400, "BAD_REQUEST"));
+    // 2 MiB, however it is said to come, and whatever is in it.
+    for _ in 0..5 {
+        let (status, code, message) =
+            post(json!({"query": "x".repeat(2 * 1024 * 1024)}).to_string().into_bytes()).await;
+        assert_eq!((status, code.as_str()), (413, "PAYLOAD_TOO_LARGE"));
+        assert!(message.contains("1048576 bytes"), "{message}");
+    }
+    let chunks = futures_util::stream::repeat_with(|| Ok::<_, std::io::Error>(vec![b' '; 64 * 1024]));
+    let chunks = futures_util::StreamExt::take(chunks, 32);
+    let request = tenant.client.request(reqwest::Method::POST, "/graphql").header("content-type", "application/json");
+    let response = request.body(reqwest::Body::wrap_stream(chunks)).send().await.expect("an answer");
+    assert_eq!(response.status(), 413);
+    // A literal that no double can hold is no number.
+    let infinite = "mutation { createAgent(input: {name: \"a\", model: \"demo\", instructions: \"\", modelSettings: {temperature: 1e999}}) { errors { code field } } }";
+    let infinite = tenant.client.query(infinite, json!({})).await;
+    let refused =
+        !infinite.errors().is_empty() || infinite.body["data"]["createAgent"]["errors"][0]["code"] == "INVALID";
+    assert!(refused, "{}", infinite.body);
+    assert_eq!(stored(&app, &tenant).await, before);
+    assert!(!app.log().contains(marked), "a request's text is in the log");
+}
