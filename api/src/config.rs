@@ -351,7 +351,9 @@ impl Config {
             return refuse("database.url must begin with sqlite: or postgres:".to_owned());
         }
         if self.database.url.contains(":memory:") || self.database.url.contains("mode=memory") {
-            return refuse("database.url must name a file: a database in memory is lost with its connection".to_owned());
+            return refuse(
+                "database.url must name a file: a database in memory is lost with its connection".to_owned(),
+            );
         }
         if self.admin.key.as_ref().is_some_and(|key| key.expose_secret().len() < 32) {
             return refuse("admin.key must have 32 characters at least".to_owned());

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::Error;
 use crate::viewer::{Viewer, credential};
-use crate::{graphql, metrics, runs, usage};
+use crate::{drain, graphql, metrics, runs, usage};
 
 /// Identifies a request in answers and in the log.
 #[derive(Clone, Debug)]
@@ -30,6 +30,7 @@ pub fn router(app: App) -> Router {
         .route("/metrics", get(metrics::scrape))
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(app.config.server.max_body_bytes))
+        .layer(middleware::from_fn(drain::rest_of_body))
         .layer(middleware::from_fn(trace))
         .with_state(app)
 }

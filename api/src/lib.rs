@@ -8,6 +8,7 @@ pub mod config;
 pub mod conversations;
 pub mod db;
 pub mod dev;
+mod drain;
 pub mod error;
 pub mod graphql;
 pub mod http;

@@ -114,7 +114,7 @@ pub enum Body {
 impl Body {
     /// A tool's answer.
     pub fn output(call_id: impl Into<String>, output: impl Into<String>, is_error: bool) -> Self {
-        Body::ToolOutput { call_id: call_id.into(), output: output.into(), is_error }
+        Body::ToolOutput { call_id: call_id.into(), output: storable(output.into()), is_error }
     }
 
     /// A change of state with nothing more to say.
@@ -126,10 +126,15 @@ impl Body {
     pub fn failed(code: RunErrorCode, message: impl Into<String>) -> Self {
         Body::Status {
             status: RunStatus::Failed,
-            error: Some(RunError { code, message: message.into() }),
+            error: Some(RunError { code, message: storable(message.into()) }),
             output: None,
         }
     }
+}
+
+/// A text that came from outside, as a journal can hold it: PostgreSQL has no NUL.
+fn storable(text: String) -> String {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
 }
 
 /// Where a run stands.

@@ -276,8 +276,21 @@ fn check_schema(checks: &mut Checks, field: &str, schema: &serde_json::Value) {
         checks.push(UserError::invalid(field, "This must be a JSON Schema: an object."));
     } else if schema.to_string().len() > MAX_SCHEMA_BYTES {
         checks.push(UserError::invalid(field, format!("This may have {MAX_SCHEMA_BYTES} bytes as JSON.")));
+    } else if holds_nul(schema) {
+        checks.push(UserError::invalid(field, "This must not contain the NUL character."));
     } else if let Err(error) = jsonschema::validator_for(schema) {
         checks.push(UserError::invalid(field, format!("This is not a JSON Schema: {error}.")));
+    }
+}
+
+/// Whether a text in it has the NUL character, which PostgreSQL can't store.
+fn holds_nul(value: &serde_json::Value) -> bool {
+    use serde_json::Value;
+    match value {
+        Value::String(text) => text.contains('\0'),
+        Value::Array(values) => values.iter().any(holds_nul),
+        Value::Object(fields) => fields.iter().any(|(name, value)| name.contains('\0') || holds_nul(value)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }
 

@@ -3,14 +3,19 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context as TaskContext, Poll, Wake, Waker};
+use std::time::Duration;
 
 use async_graphql::dataloader::{DataLoader, Loader};
 use async_graphql::{Context, Result};
 use entity::{Shared, TenantOwned, agent_versions, agents, api_keys, conversations, models, prices, run_items, runs};
+use futures_util::future::BoxFuture;
+use futures_util::stream::{self, FuturesUnordered, Stream, StreamExt};
+use futures_util::task::AtomicWaker;
 use sea_orm::sea_query::{Order, Query};
 use sea_orm::{ColumnTrait, QueryFilter, QueryOrder, Select};
-use tracing::Instrument;
 use uuid::Uuid;
 
 use super::page::{List, Page, PageArgs, pages};
@@ -26,11 +31,67 @@ pub struct Batch {
     tenant_id: Option<Uuid>,
 }
 
+/// Loads that a request has asked for, driven by the request's own task: whenever all of its resolvers wait, and so
+/// have asked for all that they can, what they asked for is loaded. A batch that a timer began would hold whatever
+/// had been asked for by then, and the number of statements would depend on the time that resolvers take.
+#[derive(Clone, Default)]
+pub struct Loads(Arc<Mutex<Vec<BoxFuture<'static, ()>>>>);
+
+impl Loads {
+    fn push(&self, load: BoxFuture<'static, ()>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(load);
+    }
+
+    fn take(&self) -> Vec<BoxFuture<'static, ()>> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The results, with what they wait for loaded as they are polled for.
+    pub fn drive<T>(self, mut results: impl Stream<Item = T> + Unpin) -> impl Stream<Item = T> {
+        let mut under_way = FuturesUnordered::new();
+        let wakes = Arc::new(Wakes::default());
+        let waker = Waker::from(wakes.clone());
+        stream::poll_fn(move |context| {
+            wakes.task.register(context.waker());
+            loop {
+                wakes.any.store(false, Ordering::SeqCst);
+                if let Poll::Ready(result) = results.poll_next_unpin(&mut TaskContext::from_waker(&waker)) {
+                    return Poll::Ready(result);
+                }
+                // Of a long list a few resolvers are polled at a time. Who wants to be polled again at once has more.
+                if wakes.any.load(Ordering::SeqCst) {
+                    return Poll::Pending;
+                }
+                under_way.extend(self.take());
+                match under_way.poll_next_unpin(context) {
+                    // What it brought may let resolvers go on.
+                    Poll::Ready(Some(())) => {}
+                    Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+    }
+}
+
+/// Passes wakes on to the task, and remembers that there were any.
+#[derive(Default)]
+struct Wakes {
+    any: AtomicBool,
+    task: AtomicWaker,
+}
+
+impl Wake for Wakes {
+    fn wake(self: Arc<Self>) {
+        self.any.store(true, Ordering::SeqCst);
+        self.task.wake();
+    }
+}
+
 /// A loader for one request.
-pub fn loader(app: &App, viewer: &Viewer) -> DataLoader<Batch> {
+pub fn loader(app: &App, viewer: &Viewer, loads: &Loads) -> DataLoader<Batch> {
     let tenant_id = viewer.require_tenant().ok().map(|viewer| viewer.tenant_id());
-    // Within the request's span, so that what is logged of the statements has its trace id.
-    DataLoader::new(Batch { app: app.clone(), tenant_id }, |loading| tokio::spawn(loading.in_current_span()))
+    let loads = loads.clone();
+    DataLoader::new(Batch { app: app.clone(), tenant_id }, move |load| loads.push(load)).delay(Duration::ZERO)
 }
 
 /// Loads one thing, together with whatever else the query asks for at the same time.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::limits::{Delivery, Refused};
-use super::loaders::loader;
+use super::loaders::{Loads, loader};
 use crate::app::App;
 use crate::error::Error;
 use crate::http::TraceId;
@@ -71,10 +71,11 @@ pub fn execute(
     delivery: Delivery,
     parameters: Parameters,
 ) -> BoxStream<'static, Response> {
+    let loads = Loads::default();
     let mut request = Request::new(parameters.query)
         .variables(parameters.variables)
         .data(app.clone())
-        .data(loader(app, &viewer))
+        .data(loader(app, &viewer, &loads))
         .data(viewer)
         .data(trace.clone())
         .data(delivery);
@@ -84,7 +85,7 @@ pub fn execute(
         response.errors.iter_mut().for_each(|error| label(error, &trace));
         response
     };
-    app.schema.execute_stream(request).map(label).boxed()
+    loads.drive(app.schema.execute_stream(request).map(label)).boxed()
 }
 
 /// Gives an error its code, from the [`Error`] that a resolver returned where there is one, and the trace id.

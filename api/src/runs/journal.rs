@@ -1,5 +1,6 @@
 //! The journal in the database: the one place where a run's items are stored and its state moves.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -125,10 +126,10 @@ fn apply(row: &mut runs::ActiveModel, step: &Step, now: DateTime<Utc>) {
             row.status = Set(stored(*status));
             if let Some(error) = error {
                 row.error_code = Set(Some(code_name(error.code)));
-                row.error_message = Set(Some(storable(&error.message)));
+                row.error_message = Set(Some(error.message.clone()));
             }
             if *status == RunStatus::Succeeded {
-                row.output = Set(Some(storable(output.as_deref().unwrap_or_default())));
+                row.output = Set(Some(output.clone().unwrap_or_default()));
             }
             if status.is_terminal() {
                 row.finished_at = Set(Some(now));
@@ -136,11 +137,6 @@ fn apply(row: &mut runs::ActiveModel, step: &Step, now: DateTime<Utc>) {
         }
         Body::Message { .. } | Body::Reasoning { .. } | Body::ToolCall { .. } | Body::ToolOutput { .. } => {}
     }
-}
-
-/// A model or a tool may say NUL, which PostgreSQL's text can't hold; the item has it as it was said.
-fn storable(text: &str) -> String {
-    text.replace('\0', "\u{fffd}")
 }
 
 /// The conversation's next run, which waited for this one to end; locked.
@@ -208,6 +204,26 @@ pub async fn items_after(app: &App, run: &runs::Model, after: i64, limit: u64) -
         .all(app.db.read())
         .await?;
     rows.into_iter().map(from_row).collect()
+}
+
+/// All items of some of a tenant's runs, in one statement.
+pub async fn items_of(app: &App, tenant_id: Uuid, runs: &[runs::Model]) -> Result<HashMap<Uuid, Vec<Item>>, Error> {
+    let mut items: HashMap<Uuid, Vec<Item>> = HashMap::new();
+    let Some(oldest) = runs.iter().map(|run| run.created_at).min() else {
+        return Ok(items);
+    };
+    let rows = run_items::Entity::in_tenant(tenant_id)
+        .filter(run_items::Column::RunId.is_in(runs.iter().map(|run| run.id)))
+        // Partitions before the oldest run's are not looked into.
+        .filter(run_items::Column::RunCreatedAt.gte(oldest))
+        .order_by_asc(run_items::Column::RunId)
+        .order_by_asc(run_items::Column::Sequence)
+        .all(app.db.read())
+        .await?;
+    for row in rows {
+        items.entry(row.run_id).or_default().push(from_row(row)?);
+    }
+    Ok(items)
 }
 
 /// All of a run's items, as the transaction sees them.

@@ -16,7 +16,7 @@ use sea_orm::{ColumnTrait, DatabaseTransaction, DbErr, QueryFilter, QueryOrder};
 use tokio::sync::Notify;
 use uuid::Uuid;
 
-use super::journal::{DatabaseJournal, items_after};
+use super::journal::{DatabaseJournal, items_after, items_of};
 use super::{announce, queue};
 use crate::agents::graph;
 use crate::app::App;
@@ -212,8 +212,7 @@ async fn prepare(app: &App, run: runs::Model) -> Result<(Claim, Origin), Error> 
     graph::open_tokens(app, tenant.id, &mut spec)?;
     let items = items_after(app, &run, 0, u64::MAX / 2).await?;
     let mut history = Vec::new();
-    for earlier in earlier_runs(app, &run).await? {
-        let items: Vec<Item> = items_after(app, &earlier, 0, u64::MAX / 2).await?;
+    for (earlier, items) in earlier_runs(app, &run).await? {
         history.extend(transcript(&serde_json::from_value(earlier.spec)?, items));
     }
     let started_at = run.started_at.unwrap_or(run.created_at);
@@ -230,8 +229,8 @@ async fn prepare(app: &App, run: runs::Model) -> Result<(Claim, Origin), Error> 
     Ok((claim, origin))
 }
 
-/// The runs of the conversation that ended before this one began.
-async fn earlier_runs(app: &App, run: &runs::Model) -> Result<Vec<runs::Model>, Error> {
+/// The runs of the conversation that ended before this one began, with their items.
+async fn earlier_runs(app: &App, run: &runs::Model) -> Result<Vec<(runs::Model, Vec<Item>)>, Error> {
     let Some(conversation_id) = run.conversation_id else {
         return Ok(Vec::new());
     };
@@ -241,7 +240,12 @@ async fn earlier_runs(app: &App, run: &runs::Model) -> Result<Vec<runs::Model>, 
         .order_by_asc(runs::Column::Id)
         .all(app.db.read())
         .await?;
-    Ok(earlier)
+    let mut items = items_of(app, run.tenant_id, &earlier).await?;
+    let with_items = earlier.into_iter().map(|run| {
+        let items = items.remove(&run.id).unwrap_or_default();
+        (run, items)
+    });
+    Ok(with_items.collect())
 }
 
 /// Whom a run's model calls are charged to.

@@ -102,7 +102,7 @@ async fn a_wrong_setting_stops_the_start_with_its_name_and_the_reason() {
         ("SERVER__MAX_BODY_BYTES", "-1", &["server.max_body_bytes"]),
         ("SERVER__RUN_WAIT_SECONDS", "soon", &["server.run_wait_seconds"]),
         ("DATABASE__URL", "mysql://localhost/x", &["database.url", "sqlite: or postgres:"]),
-        ("DATABASE__URL", "postgres://nobody@127.0.0.1:1/none", &["database.url"]),
+        ("DATABASE__URL", "postgres://127.0.0.1:port/none", &["database.url", "port"]),
         ("DATABASE__URL", "sqlite:///proc/none/cloister.db", &["database.url", "/proc/none"]),
         ("DATABASE__MAX_CONNECTIONS", "0", &["database.max_connections", "at least 1"]),
         ("DATABASE__SYNCHRONOUS", "off", &["database.synchronous", "off"]),

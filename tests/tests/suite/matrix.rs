@@ -238,7 +238,7 @@ async fn no_list_shows_what_is_another_tenants(builder: TestAppBuilder) {
             let levels = match root.name.as_str() {
                 // Of every kind of object at once.
                 "node" => 1,
-                "tenants" => 2,
+                "agents" | "runs" | "conversations" | "tenants" => 2,
                 _ => 3,
             };
             let (document, variables) = api.call(&root, at, &of_beta, levels);

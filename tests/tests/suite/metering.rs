@@ -288,8 +288,8 @@ async fn an_answer_cut_at_any_byte_is_one_row(builder: TestAppBuilder) {
 async fn silence_is_one_estimated_row_an_attempt(builder: TestAppBuilder) {
     let builder = builder
         .env("CLOISTER_PROVIDERS__SCRIPTED__ATTEMPTS", "2")
-        .env("CLOISTER_PROVIDERS__SCRIPTED__FIRST_BYTE_TIMEOUT_MS", "300")
-        .env("CLOISTER_PROVIDERS__SCRIPTED__IDLE_TIMEOUT_MS", "300");
+        .env("CLOISTER_PROVIDERS__SCRIPTED__FIRST_BYTE_TIMEOUT_MS", "800")
+        .env("CLOISTER_PROVIDERS__SCRIPTED__IDLE_TIMEOUT_MS", "800");
     let (app, model, tenant, agent) = set_up(builder).await;
     let client = &tenant.client;
     let db = app.database().await;

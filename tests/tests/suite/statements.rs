@@ -60,19 +60,23 @@ async fn the_number_of_statements_does_not_depend_on_the_number_of_rows(app: Tes
         create_agent(client, fields).await
     });
     let agents = join_all(made).await;
+    // So that the first of them hands off as well as all others.
+    update_agent(client, &target, json!({"handoffs": [{"agentId": agents[0]}]})).await;
+    publish(client, &target).await;
     let runs = agents.iter().chain([&target]).map(async |agent| {
         let input = json!({"agentId": agent, "input": "Go", "newConversation": true});
         ended(client, &start(client, input).await).await.output()
     });
     join_all(runs).await;
+    let other = stage.app.tenant("other").await;
+    let agent = create_agent(&other.client, json!({})).await;
+    ended(&other.client, &start(&other.client, json!({"agentId": agent, "input": "Go"})).await).await.output();
     let admin = stage.app.admin();
-    for number in 1..ROWS {
-        let other = stage.app.tenant(&format!("t{number}")).await;
-        if number < 3 {
-            let agent = create_agent(&other.client, json!({})).await;
-            ended(&other.client, &start(&other.client, json!({"agentId": agent, "input": "Go"})).await).await.output();
-        }
-    }
+    let tenants = (2..ROWS).map(async |number| {
+        let input = json!({"name": format!("t{number}"), "email": "t@example.test"});
+        granted(mutate(&admin, "createTenant", "CreateTenantInput", "tenant { id }", input).await)
+    });
+    join_all(tenants).await;
     let cases: [(&Client, &str, &str); 4] = [
         (
             client,

@@ -45,13 +45,13 @@ pub(super) struct Choice {
 /// What is new.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Delta {
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "lenient_text")]
     pub(super) content: String,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "lenient_text")]
     pub(super) refusal: String,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "lenient_text")]
     reasoning_content: String,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "lenient_text")]
     reasoning: String,
     #[serde(default, deserialize_with = "lenient_list")]
     pub(super) tool_calls: Vec<CallDelta>,
@@ -62,7 +62,7 @@ pub(super) struct Delta {
 pub(super) struct CallDelta {
     #[serde(default, deserialize_with = "lenient")]
     pub(super) index: Option<u64>,
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "lenient_text")]
     pub(super) id: String,
     #[serde(default, deserialize_with = "lenient")]
     pub(super) function: FunctionDelta,
@@ -71,7 +71,7 @@ pub(super) struct CallDelta {
 /// What is new of the function that a call names.
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct FunctionDelta {
-    #[serde(default, deserialize_with = "lenient")]
+    #[serde(default, deserialize_with = "lenient_text")]
     pub(super) name: String,
     #[serde(default, deserialize_with = "lenient")]
     arguments: Value,
@@ -132,10 +132,19 @@ impl FunctionDelta {
     pub(super) fn arguments(&self) -> String {
         match &self.arguments {
             Value::Null => String::new(),
-            Value::String(text) => text.clone(),
+            Value::String(text) => without_nul(text),
             parsed => parsed.to_string(),
         }
     }
+}
+
+/// A text as everybody can hold it: PostgreSQL has no NUL. It is replaced right here, so that deltas and items agree.
+fn without_nul(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
+fn lenient_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(without_nul(&lenient::<String, D>(deserializer)?))
 }
 
 /// The text of an error as providers report it: a string, or an object with a `message`.
