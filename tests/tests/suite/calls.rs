@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
-use cloister_tests::{Client, GraphqlResponse, PATIENCE, TestApp};
+use cloister_tests::{Client, GraphqlResponse, PATIENCE, Tenant, TestApp};
 use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, Statement};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -159,6 +159,11 @@ pub async fn row_counts(app: &TestApp) -> BTreeMap<String, i64> {
         counts.insert(table, rows[0].parse().expect("a count"));
     }
     counts
+}
+
+/// What the tables hold: how many rows of all, and every row of the tenant's. To see that nothing was stored.
+pub async fn stored(app: &TestApp, tenant: &Tenant) -> (BTreeMap<String, i64>, BTreeMap<String, Vec<String>>) {
+    (row_counts(app).await, tenant_rows(app, &tenant.id).await)
 }
 
 /// Every row that belongs to a tenant, by table, as text. Of keys without their last use, which is

@@ -5,6 +5,7 @@
 mod agents;
 mod auth;
 mod bad_input;
+mod bad_requests;
 mod both;
 mod calls;
 mod config;
