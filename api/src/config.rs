@@ -259,6 +259,8 @@ pub struct GraphqlConfig {
     pub ws_ping_ms: u64,
     /// Operations under way on one WebSocket.
     pub max_subscriptions_per_socket: usize,
+    /// WebSockets and event streams that a tenant may hold open at once, in this process.
+    pub max_streams_per_tenant: usize,
 }
 
 impl Default for GraphqlConfig {
@@ -274,6 +276,7 @@ impl Default for GraphqlConfig {
             ws_init_timeout_ms: 3_000,
             ws_ping_ms: 20_000,
             max_subscriptions_per_socket: 100,
+            max_streams_per_tenant: 5_000,
         }
     }
 }
@@ -361,6 +364,11 @@ impl Config {
         if self.database.max_connections == 0 {
             return refuse("database.max_connections must be at least 1".to_owned());
         }
+        if self.database.url.starts_with("postgres") && Url::parse(&self.database.url).is_err() {
+            // Not shown: it may hold a password.
+            return refuse("database.url is not a URL: write postgres://user:password@host:port/database".to_owned());
+        }
+        self.validate_times()?;
         for (name, provider) in &self.providers {
             if name == "demo" {
                 return refuse("providers.demo is built in and can't be configured".to_owned());
@@ -418,6 +426,31 @@ impl Config {
             return refuse("runs.timeout_seconds must lie between 1 and runs.max_timeout_seconds".to_owned());
         }
         Ok(())
+    }
+
+    /// Times that fit every clock: a week at most.
+    fn validate_times(&self) -> Result<(), ConfigError> {
+        const WEEK: u64 = 7 * 24 * 3_600;
+        let mut times = vec![
+            ("server.shutdown_seconds".to_owned(), self.server.shutdown_seconds, WEEK),
+            ("server.run_wait_seconds".to_owned(), self.server.run_wait_seconds, WEEK),
+            ("runs.lease_seconds".to_owned(), self.runs.lease_seconds, WEEK),
+            ("runs.max_timeout_seconds".to_owned(), self.runs.max_timeout_seconds.into(), WEEK),
+            ("runs.quota_wait_ms".to_owned(), self.runs.quota_wait_ms, WEEK * 1_000),
+            ("graphql.timeout_ms".to_owned(), self.graphql.timeout_ms, WEEK * 1_000),
+            ("graphql.ws_init_timeout_ms".to_owned(), self.graphql.ws_init_timeout_ms, WEEK * 1_000),
+            ("graphql.ws_ping_ms".to_owned(), self.graphql.ws_ping_ms, WEEK * 1_000),
+        ];
+        for (name, provider) in &self.providers {
+            let field = |field: &str| format!("providers.{name}.{field}");
+            times.push((field("connect_timeout_ms"), provider.connect_timeout_ms, WEEK * 1_000));
+            times.push((field("first_byte_timeout_ms"), provider.first_byte_timeout_ms, WEEK * 1_000));
+            times.push((field("idle_timeout_ms"), provider.idle_timeout_ms, WEEK * 1_000));
+        }
+        match times.into_iter().find(|(_, value, most)| value > most) {
+            Some((field, _, most)) => Err(ConfigError(format!("{field} may be {most} at most"))),
+            None => Ok(()),
+        }
     }
 
     /// The file of an SQLite database; none for PostgreSQL.

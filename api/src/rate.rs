@@ -51,10 +51,36 @@ impl Admission {
 #[derive(Default)]
 pub struct RateLimits {
     tenants: DashMap<Uuid, (u32, Arc<Limiter>)>,
+    streams: Arc<DashMap<Uuid, usize>>,
     clock: DefaultClock,
 }
 
+/// A connection that stays open; it counts until it is dropped.
+pub struct OpenStream {
+    streams: Arc<DashMap<Uuid, usize>>,
+    tenant_id: Uuid,
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        if let Some(mut open) = self.streams.get_mut(&self.tenant_id) {
+            *open = open.saturating_sub(1);
+        }
+        self.streams.remove_if(&self.tenant_id, |_, open| *open == 0);
+    }
+}
+
 impl RateLimits {
+    /// Counts a connection that stays open, unless the tenant has `most` of them.
+    pub fn hold_stream(&self, tenant_id: Uuid, most: usize) -> Option<OpenStream> {
+        let mut open = self.streams.entry(tenant_id).or_default();
+        if *open >= most {
+            return None;
+        }
+        *open += 1;
+        Some(OpenStream { streams: self.streams.clone(), tenant_id })
+    }
+
     /// Takes one request of the tenant's allowance.
     pub fn admit(&self, tenant_id: Uuid, per_minute: u32) -> Admission {
         let limit = NonZeroU32::new(per_minute).unwrap_or(NonZeroU32::MIN);

@@ -2,10 +2,13 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 
 use crate::app::App;
 use crate::config::Config;
@@ -13,7 +16,7 @@ use crate::db::{Db, ServeLock};
 use crate::error::Error;
 use crate::runs::{announce, pool, queue};
 use crate::usage::ledger;
-use crate::{http, keys, models};
+use crate::{http, keys, models, tenants};
 
 /// A server that is up.
 pub struct Server {
@@ -56,8 +59,7 @@ impl Server {
         let app = self.app;
         // The first count in a process builds the tokenizer's tables; that must not wait for a caller.
         tokio::task::spawn_blocking(|| models::tokens::count_text(""));
-        tokio::spawn(pool::work(app.clone()));
-        background(&app);
+        let failed = supervise(&app, background(&app));
         let stopping = app.stopping.clone();
         tokio::spawn(async move {
             asked_to_stop().await;
@@ -96,7 +98,10 @@ impl Server {
             tracing::warn!(inside = ?error, "last uses of keys were not written");
         }
         tracing::info!("stopped");
-        served
+        match failed.load(Ordering::SeqCst) {
+            true => Err("a background task failed; see the log".to_owned()),
+            false => served,
+        }
     }
 }
 
@@ -110,7 +115,7 @@ fn inside(error: Error) -> String {
 /// Nobody else serves an embedded database: its leases and reservations were the last server's.
 async fn take_over(app: &App) -> Result<(), Error> {
     let tx = app.db.begin().await?;
-    let waiting = queue::take_back(&tx, queue::Whose::Everyone).await?;
+    let waiting = queue::take_back(&tx, queue::Whose::Everyone, app.clock.now()).await?;
     tx.commit().await?;
     if !waiting.is_empty() {
         tracing::info!(runs = waiting.len(), "taking up runs that the last server left unfinished");
@@ -118,29 +123,52 @@ async fn take_over(app: &App) -> Result<(), Error> {
     ledger::sweep(app, true).await
 }
 
-/// What is done now and then.
-fn background(app: &App) {
+/// Stops the server when a background task fails: without claims or leases it would only seem to be well. Tells
+/// whether one did.
+fn supervise(app: &App, mut tasks: JoinSet<()>) -> Arc<AtomicBool> {
+    let failed = Arc::new(AtomicBool::new(false));
+    let (flag, stopping) = (failed.clone(), app.stopping.clone());
+    tokio::spawn(async move {
+        while let Some(ended) = tasks.join_next().await {
+            if let Err(error) = ended {
+                tracing::error!(%error, "a background task failed; stopping");
+                flag.store(true, Ordering::SeqCst);
+                stopping.cancel();
+            }
+        }
+    });
+    failed
+}
+
+/// What is done beside answering requests.
+fn background(app: &App) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    tasks.spawn(pool::work(app.clone()));
+    let deletions = app.clone();
+    tasks.spawn(async move {
+        if let Err(error) = tenants::finish_deletions(&deletions).await {
+            tracing::warn!(inside = ?error, "a tenant's deletion was not finished; the next start tries again");
+        }
+    });
     let lease = Duration::from_secs(app.config.runs.lease_seconds);
-    every(app, lease / 3, "renewing leases", |app| async move { pool::renew_leases(&app).await });
-    every(app, lease / 6, "sweeping orphans", |app| async move { sweep(&app).await });
-    every(
-        app,
-        Duration::from_secs(5),
-        "writing last uses of keys",
-        |app| async move { keys::write_last_used(&app).await },
-    );
-    every(app, Duration::from_secs(30), "following the database's clock", |app| async move {
+    every(&mut tasks, app, lease / 3, "renewing leases", |app| async move { pool::renew_leases(&app).await });
+    every(&mut tasks, app, lease / 6, "sweeping orphans", |app| async move { sweep(&app).await });
+    every(&mut tasks, app, Duration::from_secs(5), "writing last uses of keys", |app| async move {
+        keys::write_last_used(&app).await
+    });
+    every(&mut tasks, app, Duration::from_secs(30), "following the database's clock", |app| async move {
         Ok(app.clock.follow(app.db.read()).await?)
     });
-    every(app, Duration::from_secs(6 * 3_600), "making partitions", |app| async move {
+    every(&mut tasks, app, Duration::from_secs(6 * 3_600), "making partitions", |app| async move {
         Ok(migration::partitions::ensure(app.db.write(), 2).await?)
     });
+    tasks
 }
 
 /// Takes back the runs whose workers are gone, and settles the calls whose process is.
 async fn sweep(app: &App) -> Result<(), Error> {
     let tx = app.db.begin().await?;
-    let waiting = queue::take_back(&tx, queue::Whose::Lapsed(app.clock.now())).await?;
+    let waiting = queue::take_back(&tx, queue::Whose::Lapsed, app.clock.now()).await?;
     tx.commit().await?;
     if !waiting.is_empty() {
         announce(app, &waiting);
@@ -149,13 +177,13 @@ async fn sweep(app: &App) -> Result<(), Error> {
     ledger::sweep(app, false).await
 }
 
-fn every<F, Fut>(app: &App, pause: Duration, what: &'static str, work: F)
+fn every<F, Fut>(tasks: &mut JoinSet<()>, app: &App, pause: Duration, what: &'static str, work: F)
 where
     F: Fn(App) -> Fut + Send + 'static,
     Fut: Future<Output = Result<(), Error>> + Send,
 {
     let app = app.clone();
-    tokio::spawn(async move {
+    tasks.spawn(async move {
         let mut ticks = tokio::time::interval(pause);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {

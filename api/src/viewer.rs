@@ -179,8 +179,9 @@ impl App {
         }
     }
 
-    /// Rises whenever a key or a tenant loses a right: whoever holds a connection open asks again then.
-    pub fn authority_changes(&self) -> tokio::sync::watch::Receiver<u64> {
+    /// Names a tenant whenever it, or a key of it, may have lost a right: whoever holds a connection open for it
+    /// asks again then.
+    pub fn authority_changes(&self) -> tokio::sync::broadcast::Receiver<Uuid> {
         self.keys.authority.subscribe()
     }
 }

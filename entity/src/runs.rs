@@ -63,7 +63,7 @@ pub struct Model {
     pub turns: i32,
     /// The most tokens the run may use.
     pub max_tokens: Option<i64>,
-    /// Seconds from its first claim until it fails as TIMEOUT.
+    /// Seconds that workers may hold it until it fails as TIMEOUT.
     pub timeout_seconds: i32,
     /// The runtime's `RunSpec`, frozen at the start; tokens in it are sealed.
     pub spec: Json,
@@ -79,6 +79,10 @@ pub struct Model {
     pub fence: i64,
     /// When its claim lapses unless renewed.
     pub lease_until: Option<DateTimeUtc>,
+    /// When it was last claimed.
+    pub claimed_at: Option<DateTimeUtc>,
+    /// Milliseconds that earlier claims held it: what it has used of its timeout.
+    pub held_ms: i64,
     /// The sequence that the next item will have.
     pub next_sequence: i64,
     /// When it was started by its tenant.

@@ -104,6 +104,8 @@ const TABLES: &[&str] = &[
         vtime double precision,
         fence bigint NOT NULL,
         lease_until timestamptz,
+        claimed_at timestamptz,
+        held_ms bigint NOT NULL,
         next_sequence bigint NOT NULL,
         created_at timestamptz NOT NULL,
         started_at timestamptz,

@@ -207,7 +207,7 @@ impl Definition {
             checks.text(&field("description"), &tool.description, 0, 1_024);
             checks.text(&field("url"), &tool.url, 1, 2_048);
             if let Err(error) = check_url(&tool.url, &policy) {
-                checks.push(UserError::invalid(&field("url"), format!("The URL{error}")));
+                checks.push(UserError::invalid(&field("url"), format!("The URL {error}")));
             }
             let parameters = tool.parameters.unwrap_or_else(no_parameters);
             check_schema(checks, &field("parameters"), &parameters);

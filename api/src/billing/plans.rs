@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use entity::{Shared, plans, tenants::Isolation};
+use entity::{Shared, plans, tenant_queues, tenants, tenants::Isolation};
 use rust_decimal::Decimal;
-use sea_orm::{ActiveModelTrait, ConnectionTrait, IntoActiveModel, QueryOrder};
+use sea_orm::sea_query::{Expr, Query};
+use sea_orm::{ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder};
 use uuid::Uuid;
 
 use crate::config::{Config, PlanConfig};
@@ -45,9 +46,27 @@ pub async fn sync(db: &impl ConnectionTrait, config: &Config, now: DateTime<Utc>
             Some(newest) if same(newest, &wanted) => newest.clone(),
             _ => wanted.into_active_model().reset_all().insert(db).await?,
         };
+        cap_queues(db, &plan).await?;
         by_name.insert(name.to_owned(), Arc::new(plan));
     }
     Ok(Plans { by_name })
+}
+
+/// Tenants that are on the plan already have its cap from now on.
+async fn cap_queues(db: &impl ConnectionTrait, plan: &plans::Model) -> Result<(), Error> {
+    let on_plan = Query::select()
+        .column(tenants::Column::Id)
+        .from(tenants::Entity)
+        .and_where(tenants::Column::Plan.eq(&plan.name))
+        .and_where(tenants::Column::Status.eq(tenants::Status::Active))
+        .to_owned();
+    tenant_queues::Entity::update_many()
+        .col_expr(tenant_queues::Column::MaxRunning, Expr::value(plan.max_concurrent_runs))
+        .filter(tenant_queues::Column::TenantId.in_subquery(on_plan))
+        .filter(tenant_queues::Column::MaxRunning.ne(plan.max_concurrent_runs))
+        .exec(db)
+        .await?;
+    Ok(())
 }
 
 fn same(a: &plans::Model, b: &plans::Model) -> bool {

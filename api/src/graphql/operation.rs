@@ -8,13 +8,16 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+use uuid::Uuid;
 
 use super::limits::{Delivery, Refused};
 use super::loaders::{Loads, loader};
 use crate::app::App;
 use crate::error::Error;
 use crate::http::TraceId;
+use crate::rate::OpenStream;
 use crate::viewer::Viewer;
 
 /// The code of errors that async-graphql raises by itself while executing: a scalar that doesn't parse.
@@ -138,7 +141,7 @@ pub fn json(value: &impl Serialize) -> String {
 pub struct Session {
     app: App,
     credential: Option<SecretString>,
-    authority: watch::Receiver<u64>,
+    authority: broadcast::Receiver<Uuid>,
     viewer: Viewer,
 }
 
@@ -149,6 +152,27 @@ impl Session {
         let authority = app.authority_changes();
         let viewer = app.authenticate(credential).await?;
         Ok(Self { app, credential: credential.map(SecretString::from), authority, viewer })
+    }
+
+    /// Counts one request, as [`App::admit`] does, and the connection that stays open for it.
+    ///
+    /// # Errors
+    /// Too many requests a minute, or too many connections at once.
+    pub fn hold_open(&self) -> Result<Option<OpenStream>, Error> {
+        let admission = self.app.admit(&self.viewer);
+        if !admission.allowed {
+            return Err(Error::RateLimited(admission));
+        }
+        self.hold_stream()
+    }
+
+    /// Counts a connection that stays open, against the most that a tenant may have at once.
+    pub fn hold_stream(&self) -> Result<Option<OpenStream>, Error> {
+        let Ok(viewer) = self.viewer.require_tenant() else { return Ok(None) };
+        let most = self.app.config.graphql.max_streams_per_tenant;
+        let held = self.app.rates.hold_stream(viewer.tenant_id(), most);
+        let too_many = || Error::Limit(format!("A tenant may hold {most} streams and sockets open at once."));
+        held.map(Some).ok_or_else(too_many)
     }
 
     /// Who calls, as last confirmed.
@@ -162,8 +186,7 @@ impl Session {
     /// yet acted on is lost when it is dropped.
     pub async fn confirmed(mut self) -> Result<Self, Error> {
         tokio::select! {
-            // Once the server stops, nobody announces changes any more; the expiry still counts.
-            Ok(()) = self.authority.changed() => {}
+            () = lost(&mut self.authority, &self.viewer) => {}
             () = expiry(&self.app, &self.viewer) => {}
         }
         let credential = self.credential.as_ref().map(ExposeSecret::expose_secret);
@@ -173,6 +196,20 @@ impl Session {
         }
         self.viewer = viewer;
         Ok(self)
+    }
+}
+
+/// Waits until the caller's tenant, or a key of it, may have lost a right.
+async fn lost(authority: &mut broadcast::Receiver<Uuid>, viewer: &Viewer) {
+    let own = viewer.require_tenant().ok().map(|viewer| viewer.tenant_id());
+    loop {
+        match authority.recv().await {
+            Ok(tenant_id) if own == Some(tenant_id) => return,
+            Ok(_) => {}
+            // It may have been among those that were missed.
+            Err(RecvError::Lagged(_)) => return,
+            Err(RecvError::Closed) => pending().await,
+        }
     }
 }
 

@@ -64,10 +64,22 @@ async fn answer(
     let viewer = session.viewer().clone();
     if accept == Accept::EventStream {
         let results = execute(&app, viewer, trace, Delivery::Stream, parameters);
-        return Ok(sse::respond(&app, session, trace.clone(), results));
+        let held = session.hold_stream()?;
+        return Ok(sse::respond(&app, session, held, trace.clone(), results));
     }
     let mut results = execute(&app, viewer, trace, Delivery::Single, parameters);
     Ok(respond(&results.next().await.unwrap_or_default(), accept))
+}
+
+/// Reads a whole body, bounded in size and time.
+pub async fn read_body(app: &App, request: Request) -> Result<Bytes, Error> {
+    let limit = Duration::from_millis(app.config.graphql.timeout_ms);
+    let body = tokio::time::timeout(limit, Bytes::from_request(request, app)).await;
+    let body = body.map_err(|_| Error::BadRequest("The request body took too long to arrive.".to_owned()))?;
+    body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Error::PayloadTooLarge(app.config.server.max_body_bytes),
+        _ => Error::BadRequest("The request body ended early.".to_owned()),
+    })
 }
 
 /// Reads the parameters from the body.
@@ -76,13 +88,7 @@ async fn read(app: &App, request: Request) -> Result<Parameters, Error> {
         let remedy = "The body must be JSON: send `Content-Type: application/json`.";
         return Err(Error::UnsupportedMediaType(remedy.to_owned()));
     }
-    let limit = Duration::from_millis(app.config.graphql.timeout_ms);
-    let body = tokio::time::timeout(limit, Bytes::from_request(request, app)).await;
-    let body = body.map_err(|_| Error::BadRequest("The request body took too long to arrive.".to_owned()))?;
-    let body = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => Error::PayloadTooLarge(app.config.server.max_body_bytes),
-        _ => Error::BadRequest("The request body ended early.".to_owned()),
-    })?;
+    let body = read_body(app, request).await?;
     let body = serde_json::from_slice(&body)
         .map_err(|error| Error::BadRequest(format!("The request body is not valid JSON: {error}.")))?;
     Parameters::from_json(body).map_err(|fault| Error::BadRequest(fault.to_owned()))

@@ -18,6 +18,7 @@ use super::operation::{ExecutionResult, Session, json};
 use crate::app::App;
 use crate::error::Error;
 use crate::http::TraceId;
+use crate::rate::OpenStream;
 
 /// Silence after which a comment is sent, so that no proxy closes a quiet stream.
 const KEEP_ALIVE: Duration = Duration::from_secs(12);
@@ -30,10 +31,16 @@ const COMPLETE: &str = "event: complete\ndata:\n\n";
 
 /// Answers with the operation's results as they come, for as long as the session is good. The operation ends
 /// when the client closes the connection.
-pub fn respond(app: &App, session: Session, trace: TraceId, results: BoxStream<'static, GraphqlResponse>) -> Response {
+pub fn respond(
+    app: &App,
+    session: Session,
+    held: Option<OpenStream>,
+    trace: TraceId,
+    results: BoxStream<'static, GraphqlResponse>,
+) -> Response {
     let headers =
         [(header::CONTENT_TYPE, "text/event-stream"), (header::CACHE_CONTROL, "no-cache"), (ACCEL_BUFFERING, "no")];
-    let events = events(session, trace, app.stopping.clone(), results).map(Ok::<_, Infallible>);
+    let events = events(session, held, trace, app.stopping.clone(), results).map(Ok::<_, Infallible>);
     (headers, Body::from_stream(events)).into_response()
 }
 
@@ -48,11 +55,13 @@ enum Step {
 
 fn events(
     session: Session,
+    held: Option<OpenStream>,
     trace: TraceId,
     stopping: CancellationToken,
     mut results: BoxStream<'static, GraphqlResponse>,
 ) -> impl Stream<Item = String> {
     async_stream::stream! {
+        let _held = held;
         let mut confirmed = pin!(session.confirmed());
         loop {
             let step = tokio::select! {

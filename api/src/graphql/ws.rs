@@ -25,6 +25,7 @@ use super::operation::{ExecutionResult, Parameters, Session, execute, json};
 use crate::app::App;
 use crate::error::Error;
 use crate::http::TraceId;
+use crate::rate::OpenStream;
 use crate::viewer::{Viewer, credential};
 
 const PROTOCOL: &str = "graphql-transport-ws";
@@ -208,7 +209,7 @@ async fn converse(
     outgoing: mpsc::Sender<Message>,
 ) -> End {
     match initialise(&app, session, source, &outgoing).await {
-        Ok(session) => Connection::new(app, trace, session, outgoing).run(source).await,
+        Ok((session, _held)) => Connection::new(app, trace, session, outgoing).run(source).await,
         Err(end) => end,
     }
 }
@@ -233,7 +234,7 @@ async fn initialise(
     session: Option<Session>,
     source: &mut SplitStream<WebSocket>,
     outgoing: &mpsc::Sender<Message>,
-) -> Result<Session, End> {
+) -> Result<(Session, Option<OpenStream>), End> {
     let payload = async {
         loop {
             match read(source).await? {
@@ -251,8 +252,9 @@ async fn initialise(
         (None, Some(session)) => session,
         (key, _) => Session::open(app.clone(), key).await.map_err(|error| End::refused(&error))?,
     };
+    let held = session.hold_open().map_err(|error| End::close(4429, error.to_string()))?;
     send(outgoing, ServerMessage::ConnectionAck).await?;
-    Ok(session)
+    Ok((session, held))
 }
 
 async fn send(outgoing: &mpsc::Sender<Message>, message: ServerMessage<'_>) -> Result<(), End> {

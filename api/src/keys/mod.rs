@@ -10,7 +10,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, ColumnTrait, Condition, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter};
 use secrecy::ExposeSecret;
 use subtle::ConstantTimeEq;
-use tokio::sync::watch;
+use tokio::sync::broadcast;
 use uuid::Uuid;
 
 use crate::app::App;
@@ -32,13 +32,13 @@ pub struct KeyRing {
     /// Keys used since the last write, and when.
     used: DashMap<Uuid, DateTime<Utc>>,
     /// See [`App::authority_changes`].
-    pub authority: watch::Sender<u64>,
+    pub authority: broadcast::Sender<Uuid>,
 }
 
 impl KeyRing {
     /// A ring for the admin key with this hash.
     pub fn new(admin_hash: String) -> Self {
-        Self { admin_hash, used: DashMap::new(), authority: watch::Sender::new(0) }
+        Self { admin_hash, used: DashMap::new(), authority: broadcast::Sender::new(256) }
     }
 
     /// Whether this is the platform admin's key.
@@ -54,9 +54,10 @@ impl KeyRing {
         }
     }
 
-    /// Tells open connections that a right was lost.
-    pub fn authority_changed(&self) {
-        self.authority.send_modify(|epoch| *epoch += 1);
+    /// Tells a tenant's open connections that a right may have been lost.
+    pub fn authority_changed(&self, tenant_id: Uuid) {
+        // Nobody listening is no fault.
+        let _ = self.authority.send(tenant_id);
     }
 }
 
@@ -208,8 +209,11 @@ pub async fn update(app: &App, viewer: &Viewer, id: Uuid, change: ApiKeyChange) 
     if !row.is_changed() {
         return Ok(row.try_into()?);
     }
+    let narrowed = row.is_active.is_set() || row.scopes.is_set() || row.expires_at.is_set();
     let key = row.update(app.db.write()).await?;
-    app.keys.authority_changed();
+    if narrowed {
+        app.keys.authority_changed(key.tenant_id);
+    }
     Ok(key)
 }
 
@@ -235,7 +239,7 @@ pub async fn rotate(app: &App, viewer: &Viewer, id: Uuid, grace_seconds: i32) ->
     row.previous_key_until =
         Set((grace_seconds > 0).then(|| app.clock.now() + TimeDelta::seconds(i64::from(grace_seconds))));
     let key = row.update(app.db.write()).await?;
-    app.keys.authority_changed();
+    app.keys.authority_changed(key.tenant_id);
     Ok((key, new.secret))
 }
 
@@ -249,7 +253,7 @@ pub async fn revoke(app: &App, viewer: &Viewer, id: Uuid) -> Outcome<api_keys::M
     row.revoked_at = Set(Some(app.clock.now()));
     row.is_active = Set(false);
     let key = row.update(app.db.write()).await?;
-    app.keys.authority_changed();
+    app.keys.authority_changed(key.tenant_id);
     Ok(key)
 }
 

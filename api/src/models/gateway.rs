@@ -32,8 +32,8 @@ use crate::usage::quota::{self, Ask, CallOrigin, DEFAULT_MAX_OUTPUT, Denied, Res
 const DRAIN: Duration = Duration::from_secs(60);
 /// How often an open answer's reservation is extended and its output noted.
 const CHECKPOINT: Duration = Duration::from_secs(1);
-/// The longest that a provider's `Retry-After` is followed.
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// The longest `Retry-After` that is waited for; a provider that asks for more counts as unavailable.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// Events that may wait for the caller before the provider is read no further.
 const BUFFER: usize = 64;
 
@@ -129,7 +129,11 @@ impl Call {
             let Some(pause) = backoff.next() else {
                 return Ok(failed(RunErrorCode::ModelUnavailable, message));
             };
-            let pause = wait.map_or(pause, |wait| wait.min(LONGEST_WAIT).max(pause));
+            let pause = wait.map_or(pause, |wait| Ord::max(wait, pause));
+            if pause > LONGEST_WAIT {
+                let message = format!("{message} (it asks to be left alone for {} s)", pause.as_secs());
+                return Ok(failed(RunErrorCode::ModelUnavailable, message));
+            }
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.events.closed() => return Ok(Err(ModelError::LeaseLost)),
@@ -188,7 +192,7 @@ impl Call {
             let event = tokio::select! {
                 event = answer.next() => event,
                 _ = checkpoint.tick() => {
-                    self.checkpoint(reservation, tokens::count_parts(&parts.0)).await;
+                    self.checkpoint(reservation, parts.count()).await;
                     continue;
                 }
                 () = self.events.closed(), if abandoned_at.is_none() => {
@@ -196,7 +200,7 @@ impl Call {
                     continue;
                 }
                 () = sleep_until(drain_ends) => {
-                    Some(Err(Cut { reason: "given up".to_owned(), partial: parts.0.clone(), usage: None }))
+                    Some(Err(Cut { reason: "given up".to_owned(), partial: parts.parts.clone(), usage: None }))
                 }
             };
             let progress = match event {
@@ -211,7 +215,7 @@ impl Call {
                 }
                 Some(Err(cut)) => return self.cut(cut, reservation).await,
                 None => {
-                    let cut = Cut { reason: "the answer ended".to_owned(), partial: parts.0, usage: None };
+                    let cut = Cut { reason: "the answer ended".to_owned(), partial: parts.parts, usage: None };
                     return self.cut(cut, reservation).await;
                 }
             };
@@ -334,20 +338,33 @@ impl Call {
 
 /// What has arrived of an answer, to count it by.
 #[derive(Default)]
-struct PartialParts(Vec<Part>);
+struct PartialParts {
+    parts: Vec<Part>,
+    /// Text that [`PartialParts::count`] hasn't seen.
+    uncounted: String,
+    counted: i64,
+}
 
 impl PartialParts {
+    /// Tokens so far, near enough for a checkpoint: each text is counted once, as it came.
+    fn count(&mut self) -> i64 {
+        self.counted += tokens::count_text(&std::mem::take(&mut self.uncounted));
+        self.counted
+    }
+
     fn text(&mut self, index: u32, more: &str) {
-        match self.0.iter_mut().find(|part| matches!(part, Part::Message { index: at, .. } if *at == index)) {
+        self.uncounted.push_str(more);
+        match self.parts.iter_mut().find(|part| matches!(part, Part::Message { index: at, .. } if *at == index)) {
             Some(Part::Message { text, .. }) => text.push_str(more),
-            _ => self.0.push(Part::Message { index, text: more.to_owned() }),
+            _ => self.parts.push(Part::Message { index, text: more.to_owned() }),
         }
     }
 
     fn arguments(&mut self, index: u32, called: &str, more: &str) {
-        match self.0.iter_mut().find(|part| matches!(part, Part::ToolCall { index: at, .. } if *at == index)) {
+        self.uncounted.push_str(more);
+        match self.parts.iter_mut().find(|part| matches!(part, Part::ToolCall { index: at, .. } if *at == index)) {
             Some(Part::ToolCall { arguments, .. }) => arguments.push_str(more),
-            _ => self.0.push(Part::ToolCall {
+            _ => self.parts.push(Part::ToolCall {
                 index,
                 call_id: String::new(),
                 name: called.to_owned(),

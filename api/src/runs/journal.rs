@@ -9,7 +9,7 @@ use cloister_runtime::item::{Body, Item, RunStatus, Step};
 use cloister_runtime::journal::{Journal, JournalError, Progress};
 use cloister_runtime::spec::Lease;
 use entity::runs::Status;
-use entity::{TenantOwned, conversations, run_items, runs};
+use entity::{TenantOwned, conversations, run_items, runs, tenants};
 use sea_orm::ActiveValue::{Set, Unchanged};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
@@ -63,11 +63,13 @@ pub async fn append_in(
     write(app, tx, run, steps, now, Some(until)).await.map(Some)
 }
 
-/// Locks a run's conversation, before the run: its end locks the conversation's next run, whose cancel or end would
-/// otherwise wait for us while we wait for it.
+/// Locks a run's tenant and conversation, before the run: its end locks the conversation's next run, whose cancel or
+/// end would otherwise wait for us while we wait for it.
 pub async fn lock_conversation(tx: &DatabaseTransaction, run: Select<runs::Entity>) -> Result<(), Error> {
-    let id: Option<Option<Uuid>> = run.select_only().column(runs::Column::ConversationId).into_tuple().one(tx).await?;
-    if let Some(id) = id.flatten() {
+    let ids: Option<(Uuid, Option<Uuid>)> =
+        run.select_only().columns([runs::Column::TenantId, runs::Column::ConversationId]).into_tuple().one(tx).await?;
+    if let Some((tenant_id, Some(id))) = ids {
+        tenants::Entity::in_tenant(tenant_id).lock_shared().one(tx).await?;
         let conversation = conversations::Entity::across_tenants().filter(conversations::Column::Id.eq(id));
         conversation.lock_exclusive().one(tx).await?;
     }
@@ -85,6 +87,7 @@ pub async fn write(
     lease_until: Option<DateTime<Utc>>,
 ) -> Result<Appended, Error> {
     let before = run.clone();
+    let held_ms = queue::held_ms(&run, now);
     let mut row = run.into_active_model();
     let mut items = Vec::with_capacity(steps.len());
     for (sequence, step) in (before.next_sequence..).zip(steps) {
@@ -95,6 +98,9 @@ pub async fn write(
     // Only a run that a worker goes on with has a lease.
     let goes_on = matches!(&row.status, Set(Status::Running) | Unchanged(Status::Running));
     row.lease_until = Set(lease_until.filter(|_| goes_on));
+    if !goes_on {
+        row.held_ms = Set(held_ms);
+    }
     let run = row.update(tx).await?;
     let rows = items.iter().map(|item| to_row(&before, item)).collect::<Result<Vec<_>, Error>>()?;
     run_items::Entity::insert_many(rows).exec_without_returning(tx).await?;

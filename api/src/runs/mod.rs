@@ -13,7 +13,7 @@ pub mod status;
 use cloister_runtime::item::{Body, Role, RunStatus, Step};
 use cloister_runtime::spec::RunSpec;
 use entity::runs::Status;
-use entity::{TenantOwned, conversations, runs};
+use entity::{TenantOwned, conversations, runs, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, ColumnTrait, DatabaseTransaction, PaginatorTrait, QueryFilter, QuerySelect, SqlErr};
 use std::sync::Arc;
@@ -143,12 +143,18 @@ async fn insert(
     fingerprint: &str,
 ) -> Outcome<runs::Model> {
     let tenant_id = viewer.tenant_id();
-    let now = app.clock.now();
+    let tx = app.db.begin().await?;
+    // Locked before all else, and looked at again: it may have been suspended since the key was checked.
+    let tenant = tenants::Entity::in_tenant(tenant_id).lock_shared().one(&tx).await?;
+    if tenant.is_none_or(|tenant| tenant.status != tenants::Status::Active) {
+        return Err(Error::Suspended.into());
+    }
+    let (conversation_id, waits) = conversation(app, &tx, tenant_id, &new).await?;
+    // Made while the conversation is locked: its runs are ordered by their ids.
     let id = Uuid::now_v7();
+    let now = app.clock.now();
     let agent_name = frozen.root_name().to_owned();
     let spec = RunSpec { run_id: id, root: new.agent_id, agents: frozen.agents, input: new.input.clone() };
-    let tx = app.db.begin().await?;
-    let (conversation_id, waits) = conversation(app, &tx, tenant_id, &new).await?;
     let row = runs::ActiveModel {
         id: Set(id),
         tenant_id: Set(tenant_id),
@@ -172,6 +178,8 @@ async fn insert(
         vtime: Set(None),
         fence: Set(0),
         lease_until: Set(None),
+        claimed_at: Set(None),
+        held_ms: Set(0),
         next_sequence: Set(1),
         created_at: Set(now),
         started_at: Set(None),

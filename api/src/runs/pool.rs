@@ -54,6 +54,11 @@ impl Pool {
         self.active.len()
     }
 
+    /// Whether a run is executed here.
+    pub fn executes(&self, run_id: Uuid) -> bool {
+        self.active.contains_key(&run_id)
+    }
+
     /// Drops a run at once, if it is executed here by a claim no newer than `fence`: that lease is gone. A
     /// newer claim may have taken its place already.
     pub fn abandon(&self, run_id: Uuid, fence: i64) {
@@ -174,7 +179,7 @@ async fn retry_or_fail(app: &App, lease: Lease, next_sequence: i64, agent_name: 
 async fn hand_back(app: &App, lease: Lease) {
     let back = async {
         let tx = app.db.begin().await?;
-        let waiting = queue::take_back(&tx, queue::Whose::Held(lease.run_id, lease.fence)).await?;
+        let waiting = queue::take_back(&tx, queue::Whose::Held(lease.run_id, lease.fence), app.clock.now()).await?;
         tx.commit().await?;
         Ok::<_, Error>(waiting)
     };
@@ -215,13 +220,13 @@ async fn prepare(app: &App, run: runs::Model) -> Result<(Claim, Origin), Error> 
     for (earlier, items) in earlier_runs(app, &run).await? {
         history.extend(transcript(&serde_json::from_value(earlier.spec)?, items));
     }
-    let started_at = run.started_at.unwrap_or(run.created_at);
+    let left = TimeDelta::seconds(i64::from(run.timeout_seconds)) - TimeDelta::milliseconds(run.held_ms);
     let claim = Claim {
         lease: Lease { run_id: run.id, fence: run.fence },
         spec,
         history,
         items,
-        deadline: started_at + TimeDelta::seconds(i64::from(run.timeout_seconds)),
+        deadline: run.claimed_at.unwrap_or(run.created_at) + left,
         webhook_secrets: signing_secrets(app, &tenant)?,
     };
     let origin =

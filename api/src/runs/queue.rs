@@ -34,7 +34,8 @@ pub fn pool_of(_tenant: &tenants::Model) -> &'static str {
 
 /// Puts a run into its pool's queue.
 pub async fn enqueue(app: &App, tx: &DatabaseTransaction, run: runs::Model) -> Result<runs::Model, Error> {
-    let tenant = tenants::Entity::in_tenant(run.tenant_id).one(tx).await?;
+    // Locked, so that a suspension or a change of plan comes before or after, and never gets lost.
+    let tenant = tenants::Entity::in_tenant(run.tenant_id).lock_shared().one(tx).await?;
     let tenant = tenant.ok_or_else(|| Error::internal("a run of a tenant that is gone"))?;
     let plan = app.plans.get(&tenant.plan)?;
     let pool = pool_of(&tenant);
@@ -121,6 +122,7 @@ pub async fn claim(app: &App, pool: &str, max: usize) -> Result<Vec<runs::Model>
             run.fence = Set(fence);
             run.lease_until = Set(Some(until));
             run.started_at = Set(Some(started_at));
+            run.claimed_at = Set(Some(now));
             claimed.push(run.update(&tx).await?);
         }
         row.update(&tx).await?;
@@ -162,6 +164,12 @@ pub async fn vacate(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str) -> Re
 
 /// Notes a tenant's next run anew, after one was put back or taken out.
 pub async fn refresh_head(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str) -> Result<(), Error> {
+    // Locked before the runs are read: a run that is enqueued meanwhile must not be overlooked.
+    tenant_queues::Entity::in_tenant(tenant_id)
+        .filter(tenant_queues::Column::Pool.eq(pool))
+        .lock_exclusive()
+        .one(tx)
+        .await?;
     let next: Option<Option<f64>> = runs::Entity::in_tenant(tenant_id)
         .filter(runs::Column::Pool.eq(pool))
         .filter(runs::Column::Status.eq(Status::Queued))
@@ -183,7 +191,7 @@ pub async fn refresh_head(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str)
 #[derive(Clone, Copy, Debug)]
 pub enum Whose {
     /// Those whose lease has lapsed.
-    Lapsed(DateTime<Utc>),
+    Lapsed,
     /// Every one: an embedded server's at its start, whose workers died with the one before.
     Everyone,
     /// A tenant's.
@@ -194,23 +202,25 @@ pub enum Whose {
 
 /// Puts runs that workers hold back into the queue, in their old place. The fence rises, so that
 /// whatever the worker still sends is refused.
-pub async fn take_back(tx: &DatabaseTransaction, whose: Whose) -> Result<Vec<runs::Model>, Error> {
+pub async fn take_back(tx: &DatabaseTransaction, whose: Whose, now: DateTime<Utc>) -> Result<Vec<runs::Model>, Error> {
     let mut held = runs::Entity::across_tenants().filter(runs::Column::Status.eq(Status::Running));
     held = match whose {
-        Whose::Lapsed(now) => held.filter(runs::Column::LeaseUntil.lt(now)),
+        Whose::Lapsed => held.filter(runs::Column::LeaseUntil.lt(now)),
         Whose::Everyone => held,
         Whose::Tenant(id) => held.filter(runs::Column::TenantId.eq(id)),
         Whose::Held(id, fence) => held.filter(runs::Column::Id.eq(id)).filter(runs::Column::Fence.eq(fence)),
     };
     held = match whose {
         // A lapsed run whose row is held is being renewed or swept elsewhere.
-        Whose::Lapsed(_) => skip_locked(tx, held),
+        Whose::Lapsed => skip_locked(tx, held),
         Whose::Everyone | Whose::Tenant(_) | Whose::Held(..) => held.lock_exclusive(),
     };
     let mut waiting = Vec::new();
     for run in held.all(tx).await? {
         let (tenant_id, pool, fence) = (run.tenant_id, run.pool.clone(), run.fence + 1);
+        let held_ms = held_ms(&run, now);
         let mut row = run.into_active_model();
+        row.held_ms = Set(held_ms);
         row.status = Set(Status::Queued);
         row.fence = Set(fence);
         row.lease_until = Set(None);
@@ -219,6 +229,14 @@ pub async fn take_back(tx: &DatabaseTransaction, whose: Whose) -> Result<Vec<run
         refresh_head(tx, tenant_id, &pool).await?;
     }
     Ok(waiting)
+}
+
+/// Milliseconds that workers have held a run, the present one until `now`. A worker that is gone counts until its
+/// lease lapsed.
+pub fn held_ms(run: &runs::Model, now: DateTime<Utc>) -> i64 {
+    let until = run.lease_until.map_or(now, |lapses| Ord::min(lapses, now));
+    let present = run.claimed_at.filter(|_| run.status == Status::Running).map_or(TimeDelta::zero(), |at| until - at);
+    run.held_ms + Ord::max(present.num_milliseconds(), 0)
 }
 
 /// Renews leases; those that were lost are returned.

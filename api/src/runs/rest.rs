@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{FromRequest, Request, State};
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
 use cloister_runtime::item::{Body, RunStatus};
 use cloister_runtime::spec::RunSpec;
 use entity::runs;
@@ -19,6 +18,7 @@ use super::NewRun;
 use super::events::{Event, events};
 use crate::app::App;
 use crate::error::{Error, Refusal, UserErrorCode};
+use crate::graphql::post::read_body;
 use crate::http::{RestError, admit};
 use crate::ids;
 use crate::usage::report;
@@ -36,9 +36,7 @@ struct RunRequest {
 pub async fn run(State(app): State<App>, request: Request) -> Result<Response, RestError> {
     let (viewer, carried) = admit(&app, request.headers()).await?;
     let viewer = viewer.require(Scope::Run)?;
-    let body = Bytes::from_request(request, &app)
-        .await
-        .map_err(|_| Error::PayloadTooLarge(app.config.server.max_body_bytes))?;
+    let body = read_body(&app, request).await?;
     let malformed = |detail: String| RestError::new(StatusCode::UNPROCESSABLE_ENTITY, detail);
     let asked: RunRequest =
         serde_json::from_slice(&body).map_err(|error| malformed(format!("The body is malformed: {error}.")))?;
@@ -48,9 +46,16 @@ pub async fn run(State(app): State<App>, request: Request) -> Result<Response, R
     let new = NewRun { agent_id, input: asked.message, ..NewRun::default() };
     let run = super::start(&app, viewer, new).await.map_err(refused)?;
     let wait = Duration::from_secs(app.config.server.run_wait_seconds);
-    let output = match tokio::time::timeout(wait, ended(&app, run.clone())).await {
-        Ok(ended) => ended?,
-        Err(_) => {
+    let given_up = async {
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = handed_back(&app, run.id) => {}
+        }
+    };
+    let output = tokio::select! {
+        biased;
+        ended = ended(&app, run.clone()) => ended?,
+        () = given_up => {
             let id = ids::encode(ids::Run, run.id);
             let detail = format!("The run is still going on. Ask for it as {}.", id.as_str());
             return Err(RestError::new(StatusCode::GATEWAY_TIMEOUT, detail));
@@ -59,6 +64,14 @@ pub async fn run(State(app): State<App>, request: Request) -> Result<Response, R
     let tokens = report::runs(&app, &[run.id]).await?.remove(&run.id).unwrap_or_default().usage.total_tokens();
     let (response, model) = output;
     Ok((carried, Json(json!({ "response": response, "tokens_used": tokens, "model": model }))).into_response())
+}
+
+/// Waits until the server stops and the run is no longer executed here: another server goes on with it.
+async fn handed_back(app: &App, run_id: Uuid) {
+    app.stopping.cancelled().await;
+    while app.pool.executes(run_id) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// The run's output, and the model of the agent that gave it.

@@ -15,7 +15,7 @@ use sea_orm::{
 use uuid::Uuid;
 
 use crate::app::App;
-use crate::error::{Error, Outcome, UserError, UserErrorCode};
+use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
 use crate::input::{Checks, Patch, PatchExt};
 use crate::runs;
 use crate::viewer::{Scope, Viewer};
@@ -101,7 +101,7 @@ pub async fn set_plan(app: &App, id: Uuid, plan: &str) -> Outcome<tenants::Model
     tx.commit().await?;
     app.pool.wake();
     app.releases.wake();
-    app.keys.authority_changed();
+    app.keys.authority_changed(id);
     app.changes.publish(id, changes::Change::Usage);
     Ok(tenant)
 }
@@ -109,18 +109,17 @@ pub async fn set_plan(app: &App, id: Uuid, plan: &str) -> Outcome<tenants::Model
 /// Stops serving a tenant at once: its keys answer 403, its runs go back to the queue and wait there.
 pub async fn suspend(app: &App, id: Uuid) -> Outcome<tenants::Model> {
     let tx = app.db.begin().await?;
-    let tenant = locked(&tx, id).await?;
-    if tenant.status == tenants::Status::Suspended {
-        return Ok(tenant);
-    }
-    let mut row = tenant.into_active_model();
+    let mut row = locked(&tx, id).await?.into_active_model();
     row.status = Set(tenants::Status::Suspended);
     row.updated_at = Set(app.clock.now());
     let tenant = row.update(&tx).await?;
     set_max_running(&tx, id, 0).await?;
-    let stopped = runs::queue::take_back(&tx, runs::queue::Whose::Tenant(id)).await?;
     tx.commit().await?;
-    app.keys.authority_changed();
+    // Apart: here runs are locked before the queue. Nothing is claimed any more, so none is overlooked.
+    let tx = app.db.begin().await?;
+    let stopped = runs::queue::take_back(&tx, runs::queue::Whose::Tenant(id), app.clock.now()).await?;
+    tx.commit().await?;
+    app.keys.authority_changed(id);
     runs::announce(app, &stopped);
     Ok(tenant)
 }
@@ -143,16 +142,17 @@ pub async fn resume(app: &App, id: Uuid) -> Outcome<tenants::Model> {
     Ok(tenant)
 }
 
-/// Stops serving a tenant for good and cancels its runs. Its rows are kept for the books.
+/// Stops serving a tenant for good and cancels its runs. Its rows are kept for the books. A deletion that was
+/// interrupted may be asked for again, and goes on by itself at the next start.
 pub async fn delete(app: &App, id: Uuid) -> Outcome<Uuid> {
     let tx = app.db.begin().await?;
-    let mut row = locked(&tx, id).await?.into_active_model();
+    let mut row = locked_in_any_state(&tx, id).await?.into_active_model();
     row.status = Set(tenants::Status::Deleting);
     row.updated_at = Set(app.clock.now());
     row.update(&tx).await?;
     set_max_running(&tx, id, 0).await?;
     tx.commit().await?;
-    app.keys.authority_changed();
+    app.keys.authority_changed(id);
     runs::cancel_all(app, id).await?;
     Ok(id)
 }
@@ -203,9 +203,27 @@ pub async fn exists(app: &App, id: Uuid) -> Result<bool, Error> {
     Ok(standing.one(app.db.read()).await?.is_some())
 }
 
-async fn locked(tx: &DatabaseTransaction, id: Uuid) -> Outcome<tenants::Model> {
+/// Cancels what deletions that were interrupted have left of their tenants' runs.
+pub async fn finish_deletions(app: &App) -> Result<(), Error> {
+    let deleting = tenants::Entity::across_tenants()
+        .filter(tenants::Column::Status.eq(tenants::Status::Deleting))
+        .all(app.db.read())
+        .await?;
+    for tenant in deleting {
+        if let Err(Refusal::Error(error)) = runs::cancel_all(app, tenant.id).await {
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+async fn locked_in_any_state(tx: &DatabaseTransaction, id: Uuid) -> Outcome<tenants::Model> {
     let tenant = tenants::Entity::in_tenant(id).lock_exclusive().one(tx).await?;
-    let tenant = tenant.ok_or_else(|| UserError::not_found("tenantId", "tenant"))?;
+    tenant.ok_or_else(|| UserError::not_found("tenantId", "tenant").into())
+}
+
+async fn locked(tx: &DatabaseTransaction, id: Uuid) -> Outcome<tenants::Model> {
+    let tenant = locked_in_any_state(tx, id).await?;
     if tenant.status == tenants::Status::Deleting {
         return Err(UserError::new(UserErrorCode::State, "tenantId", "This tenant is being deleted.").into());
     }

@@ -1,6 +1,7 @@
 //! From a stream's chunks to an answer's parts.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_openai::types::stream::StreamResponse;
 use async_stream::stream;
@@ -18,6 +19,11 @@ const REASONING_INDEX: u32 = 0;
 const MESSAGE_INDEX: u32 = 1;
 const FIRST_CALL_INDEX: u32 = 2;
 
+/// How long the usage is waited for once an answer is complete.
+const USAGE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long `[DONE]` is waited for once the usage is known: a stream that is read to its end keeps its connection.
+const LAST_WORD: Duration = Duration::from_millis(250);
+
 /// The most calls a response may have.
 const MAX_CALLS: usize = 128;
 
@@ -30,7 +36,7 @@ pub(super) fn assemble(
 ) -> impl Stream<Item = Result<AnswerEvent, Cut>> + Send + 'static {
     stream! {
         let mut assembly = Assembly::default();
-        while let Some(Ok(Frame(chunk))) = frames.next().await {
+        while let Some(Frame(chunk)) = assembly.next_of(&mut frames).await {
             match assembly.add(&chunk) {
                 Ok(events) => {
                     for event in events {
@@ -77,6 +83,17 @@ struct Call {
 }
 
 impl Assembly {
+    /// The next chunk, as long as one is worth waiting for. After the reason to stop only the usage is, and not for
+    /// long: some servers leave the stream open.
+    async fn next_of(&self, frames: &mut StreamResponse<Frame>) -> Option<Frame> {
+        let frame = match (self.finish, self.usage) {
+            (None, _) => frames.next().await,
+            (Some(_), None) => tokio::time::timeout(USAGE_PATIENCE, frames.next()).await.ok().flatten(),
+            (Some(_), Some(_)) => tokio::time::timeout(LAST_WORD, frames.next()).await.ok().flatten(),
+        };
+        frame?.ok()
+    }
+
     /// Takes a chunk in and tells what is new; an error is the reason to end here.
     fn add(&mut self, chunk: &Chunk) -> Result<Vec<AnswerEvent>, String> {
         // Usage first: a provider that reports an error may say what it charged in the same chunk.
