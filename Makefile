@@ -5,7 +5,7 @@
 # Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
 run:
 	@scripts/setup build
-	cargo run --quiet --package cloister-api --bin cloister -- dev
+	cargo run --package cloister-api --bin cloister -- dev
 
 # Everything that must hold: format, lints, every test.
 test: setup
