@@ -118,6 +118,7 @@ async fn a_wrong_setting_stops_the_start_with_its_name_and_the_reason() {
         ("PROVIDERS__OPENAI__ATTEMPTS", "0", &["providers.openai.attempts", "at least 1"]),
         ("RUNS__CONCURRENCY", "0", &["runs.concurrency", "at least 1"]),
         ("RUNS__LEASE_SECONDS", "2", &["runs.lease_seconds", "at least 3"]),
+        ("RUNS__LEASE_SECONDS", "9223372036854775807", &["runs.lease_seconds", "at most"]),
         ("RUNS__TIMEOUT_SECONDS", "86401", &["runs.timeout_seconds", "runs.max_timeout_seconds"]),
         ("PLANS__GOLD__WEIGHT", "1", &["plans.gold"]),
         ("GRAPHQL__MAX_DEPTH", "deep", &["graphql.max_depth"]),

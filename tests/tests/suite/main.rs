@@ -21,6 +21,7 @@ mod matrix;
 mod metering;
 mod model_server;
 mod quota;
+mod regressions;
 mod rest;
 mod runs;
 mod schema;
