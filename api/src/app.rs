@@ -20,6 +20,7 @@ use crate::models::catalog::{self, Catalog};
 use crate::rate::RateLimits;
 use crate::runs::live::Live;
 use crate::runs::pool::Pool;
+use crate::runs::wakes::Wakes;
 use crate::secrets::Vault;
 use crate::tenants::changes::Changes;
 use crate::usage::quota::Releases;
@@ -52,6 +53,8 @@ pub struct Parts {
     pub live: Live,
     /// Tells subscribers what changed in a tenant.
     pub changes: Changes,
+    /// Wakes whoever waits for something to claim.
+    pub wakes: Wakes,
     /// The shared pool of workers.
     pub pool: Pool,
     /// Calls tenants' webhooks.
@@ -101,6 +104,7 @@ impl App {
             releases: Releases::default(),
             live: Live::default(),
             changes: Changes::default(),
+            wakes: Wakes::default(),
             pool: Pool::new(config.runs.concurrency),
             webhooks,
             schema: crate::graphql::schema(&config.graphql),

@@ -22,6 +22,10 @@ pub struct Config {
     pub server: ServerConfig,
     /// The database.
     pub database: DatabaseConfig,
+    /// What replicas tell each other through.
+    pub redis: RedisConfig,
+    /// How long what grows for ever is kept.
+    pub retention: RetentionConfig,
     /// The platform's own administrator.
     pub admin: AdminConfig,
     /// What seals secrets at rest.
@@ -48,6 +52,8 @@ pub struct Config {
 pub struct ServerConfig {
     /// Address and port for clients.
     pub listen: SocketAddr,
+    /// Address and port for workers (`/runtime/v1`): not for the public.
+    pub runtime_listen: SocketAddr,
     /// Bytes of a request's body.
     pub max_body_bytes: usize,
     /// Seconds that SIGTERM waits for what is in flight.
@@ -60,6 +66,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            runtime_listen: SocketAddr::from(([127, 0, 0, 1], 8081)),
             max_body_bytes: 1024 * 1024,
             shutdown_seconds: 25,
             run_wait_seconds: 120,
@@ -93,6 +100,25 @@ pub enum Synchronous {
     Normal,
     /// Each commit is on the disk.
     Full,
+}
+
+/// `redis`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RedisConfig {
+    /// `redis://…` or `rediss://…`. Needed where several replicas serve one PostgreSQL; without it a replica hears of
+    /// the others by polling.
+    pub url: Option<SecretString>,
+}
+
+/// `retention`: months that rows are kept beyond the month they are from; 0 keeps them for ever.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RetentionConfig {
+    /// Runs' items.
+    pub items_months: u32,
+    /// Usage records. Totals, counters and invoices stay.
+    pub usage_months: u32,
 }
 
 /// `admin`
@@ -197,6 +223,18 @@ pub struct PlanConfig {
     pub requests_per_minute: i32,
     /// Share of a busy pool.
     pub weight: i32,
+    /// Where its tenants' runs execute: by default `dedicated` for enterprise, `shared` for the others.
+    pub isolation: Option<PlanIsolation>,
+}
+
+/// Where a plan's runs execute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PlanIsolation {
+    /// In the api's own pool.
+    Shared,
+    /// On the tenant's own workers.
+    Dedicated,
 }
 
 /// `runs`
@@ -367,6 +405,15 @@ impl Config {
         if self.database.url.starts_with("postgres") && Url::parse(&self.database.url).is_err() {
             // Not shown: it may hold a password.
             return refuse("database.url is not a URL: write postgres://user:password@host:port/database".to_owned());
+        }
+        if let Some(url) = &self.redis.url
+            && !Url::parse(url.expose_secret()).is_ok_and(|url| matches!(url.scheme(), "redis" | "rediss"))
+        {
+            // Not shown: it may hold a password.
+            return refuse("redis.url must begin with redis:// or rediss://".to_owned());
+        }
+        if self.redis.url.is_some() && self.database.url.starts_with("sqlite:") {
+            return refuse("redis.url joins the replicas of a PostgreSQL; SQLite is served by one process".to_owned());
         }
         self.validate_times()?;
         for (name, provider) in &self.providers {

@@ -16,7 +16,8 @@ use uuid::Uuid;
 use crate::agents;
 use crate::agents::input_graphql::{CreateAgentInput, UpdateAgentInput};
 use crate::app::App;
-use crate::config::Config;
+use crate::billing::plans;
+use crate::config::{Config, PlanIsolation};
 use crate::db::Db;
 use crate::error::Refusal;
 use crate::keys::{self, NewApiKey};
@@ -53,6 +54,9 @@ pub fn configure(mut config: Config) -> Result<Config, String> {
     }
     config.secrets.key.get_or_insert(SecretString::from(kept.secrets_key));
     config.admin.key.get_or_insert(SecretString::from(kept.admin_key));
+    // There are no workers apart here: nobody would claim an enterprise tenant's runs.
+    let enterprise = config.plans.entry("enterprise".to_owned()).or_insert_with(|| plans::built_in("enterprise"));
+    enterprise.isolation.get_or_insert(PlanIsolation::Shared);
     if let Some(key) = openai_key() {
         let openai = config.providers.entry("openai".to_owned()).or_default();
         openai.api_key.get_or_insert(SecretString::from(key));

@@ -172,7 +172,6 @@ async fn sweep(app: &App) -> Result<(), Error> {
     tx.commit().await?;
     if !waiting.is_empty() {
         announce(app, &waiting);
-        app.pool.wake();
     }
     ledger::sweep(app, false).await
 }

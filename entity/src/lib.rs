@@ -11,6 +11,7 @@ pub mod admin_keys;
 pub mod agent_versions;
 pub mod agents;
 pub mod api_keys;
+pub mod auth_epoch;
 pub mod conversations;
 pub mod models;
 pub mod plans;
@@ -19,6 +20,7 @@ pub mod quota_counters;
 pub mod quota_reservations;
 pub mod run_items;
 pub mod runs;
+pub mod runtime_tokens;
 pub mod tenant_queues;
 pub mod tenants;
 pub mod usage_records;
@@ -67,6 +69,7 @@ tenant_owned! {
     quota_reservations by TenantId,
     run_items by TenantId,
     runs by TenantId,
+    runtime_tokens by TenantId,
     tenant_queues by TenantId,
     tenants by Id,
     usage_records by TenantId,
@@ -74,6 +77,7 @@ tenant_owned! {
 }
 
 impl Shared for admin_keys::Entity {}
+impl Shared for auth_epoch::Entity {}
 impl Shared for models::Entity {}
 impl Shared for plans::Entity {}
 impl Shared for prices::Entity {}

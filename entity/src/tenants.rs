@@ -54,6 +54,8 @@ pub struct Model {
     pub created_at: DateTimeUtc,
     /// When it last changed.
     pub updated_at: DateTimeUtc,
+    /// The [`crate::auth_epoch`] in which it, or a key of it, last lost or gained a right.
+    pub auth_epoch: i64,
 }
 
 impl ActiveModelBehavior for ActiveModel {}

@@ -4,9 +4,9 @@
 //! and the two databases differ only in the names of types.
 
 use sea_orm_migration::prelude::*;
-use sea_orm_migration::sea_orm::{ConnectionTrait, DbBackend};
+use sea_orm_migration::sea_orm::ConnectionTrait;
 
-use crate::partitions;
+use crate::{for_backend, partitions};
 
 #[derive(DeriveMigrationName)]
 pub struct Migration;
@@ -261,19 +261,4 @@ impl MigrationTrait for Migration {
         }
         partitions::ensure(db, 2).await
     }
-}
-
-/// SQLite takes the same statements without partitions. Its types are the names that sea-query gives
-/// them there, since sqlx reads a column's type by its name.
-fn for_backend(statement: &str, backend: DbBackend) -> String {
-    if backend == DbBackend::Postgres {
-        return statement.to_owned();
-    }
-    let statement = statement.split(" PARTITION BY").next().unwrap_or(statement);
-    statement
-        .replace(" uuid", " uuid_text")
-        .replace(" timestamptz", " timestamp_with_timezone_text")
-        .replace(" json", " json_text")
-        .replace(" double precision", " double")
-        .replace(" numeric", " real")
 }

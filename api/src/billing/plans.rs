@@ -10,7 +10,7 @@ use sea_orm::sea_query::{Expr, Query};
 use sea_orm::{ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder};
 use uuid::Uuid;
 
-use crate::config::{Config, PlanConfig};
+use crate::config::{Config, PlanConfig, PlanIsolation};
 use crate::error::Error;
 use crate::money;
 
@@ -88,13 +88,22 @@ fn row(name: &str, plan: &PlanConfig, version: i32, now: DateTime<Utc>) -> Resul
         max_concurrent_runs: plan.max_concurrent_runs,
         requests_per_minute: plan.requests_per_minute,
         weight: plan.weight,
-        isolation: if name == "enterprise" { Isolation::Dedicated } else { Isolation::Shared },
+        isolation: isolation(name, plan),
         valid_from: now,
     })
 }
 
+fn isolation(name: &str, plan: &PlanConfig) -> Isolation {
+    match plan.isolation {
+        Some(PlanIsolation::Dedicated) => Isolation::Dedicated,
+        Some(PlanIsolation::Shared) => Isolation::Shared,
+        None if name == "enterprise" => Isolation::Dedicated,
+        None => Isolation::Shared,
+    }
+}
+
 /// The table of the design's `metering.md`.
-fn built_in(name: &str) -> PlanConfig {
+pub fn built_in(name: &str) -> PlanConfig {
     match name {
         "pro" => PlanConfig {
             base_price: Decimal::from(49),
@@ -104,6 +113,7 @@ fn built_in(name: &str) -> PlanConfig {
             max_concurrent_runs: 50,
             requests_per_minute: 600,
             weight: 4,
+            isolation: None,
         },
         "enterprise" => PlanConfig {
             base_price: Decimal::from(299),
@@ -113,6 +123,7 @@ fn built_in(name: &str) -> PlanConfig {
             max_concurrent_runs: 500,
             requests_per_minute: 6_000,
             weight: 16,
+            isolation: None,
         },
         _ => PlanConfig {
             base_price: Decimal::ZERO,
@@ -122,6 +133,7 @@ fn built_in(name: &str) -> PlanConfig {
             max_concurrent_runs: 5,
             requests_per_minute: 60,
             weight: 1,
+            isolation: None,
         },
     }
 }

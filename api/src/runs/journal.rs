@@ -248,9 +248,9 @@ pub fn publish(app: &App, appended: Appended) {
     let run = Arc::new(appended.run);
     app.live.items(run.id, appended.items, Status::TERMINAL.contains(&run.status));
     if appended.moved {
-        app.changes.publish(run.tenant_id, Change::Run(run));
         // A place may have become free.
-        app.pool.wake();
+        app.wakes.wake(&run.pool);
+        app.changes.publish(run.tenant_id, Change::Run(run));
     }
 }
 

@@ -9,6 +9,7 @@ pub mod pool;
 pub mod queue;
 pub mod rest;
 pub mod status;
+pub mod wakes;
 
 use cloister_runtime::item::{Body, Role, RunStatus, Step};
 use cloister_runtime::spec::RunSpec;
@@ -174,7 +175,7 @@ async fn insert(
         spec: Set(serde_json::to_value(&spec).map_err(Error::from)?),
         idempotency_hash: Set(new.idempotency_key.is_some().then(|| fingerprint.to_owned())),
         idempotency_key: Set(new.idempotency_key),
-        pool: Set(queue::pool_of(&viewer.tenant).to_owned()),
+        pool: Set(queue::pool_of(&viewer.tenant).into_owned()),
         vtime: Set(None),
         fence: Set(0),
         lease_until: Set(None),
@@ -352,6 +353,7 @@ pub fn announce(app: &App, moved: &[runs::Model]) {
     for run in moved {
         if run.status != Status::Running {
             app.pool.abandon(run.id, run.fence);
+            app.wakes.wake(&run.pool);
         }
         app.changes.publish(run.tenant_id, Change::Run(Arc::new(run.clone())));
     }

@@ -13,7 +13,6 @@ use dashmap::DashMap;
 use entity::{TenantOwned, runs, tenants};
 use futures_util::stream::BoxStream;
 use sea_orm::{ColumnTrait, DatabaseTransaction, DbErr, QueryFilter, QueryOrder};
-use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::journal::{DatabaseJournal, items_after, items_of};
@@ -32,7 +31,6 @@ const POLL: Duration = Duration::from_millis(500);
 /// The runs that this process executes.
 pub struct Pool {
     concurrency: usize,
-    wake: Notify,
     active: DashMap<Uuid, (Lease, Stop)>,
     /// Runs on their way into the queue, of which nobody was told yet.
     entering: DashMap<Uuid, runs::Model>,
@@ -41,12 +39,7 @@ pub struct Pool {
 impl Pool {
     /// A pool that executes `concurrency` runs at once.
     pub fn new(concurrency: usize) -> Self {
-        Self { concurrency, wake: Notify::new(), active: DashMap::new(), entering: DashMap::new() }
-    }
-
-    /// Says that the queue may hold something to claim.
-    pub fn wake(&self) {
-        self.wake.notify_one();
+        Self { concurrency, active: DashMap::new(), entering: DashMap::new() }
     }
 
     /// Runs executed now.
@@ -75,7 +68,7 @@ impl Pool {
         let _entering = Entering::new(self, run);
         tx.commit().await?;
         self.tell_queued(app, run.id);
-        self.wake();
+        app.wakes.wake(&run.pool);
         Ok(())
     }
 
@@ -106,6 +99,7 @@ impl Drop for Entering<'_> {
 
 /// Claims and executes until the process is asked to stop.
 pub async fn work(app: App) {
+    let bell = app.wakes.bell(queue::SHARED);
     while !app.stopping.is_cancelled() {
         let free = app.pool.concurrency.saturating_sub(app.pool.active());
         match queue::claim(&app, queue::SHARED, free.min(32)).await {
@@ -119,7 +113,7 @@ pub async fn work(app: App) {
             Err(error) => tracing::error!(inside = ?error, "runs could not be claimed"),
         }
         tokio::select! {
-            () = app.pool.wake.notified() => {}
+            () = bell.notified() => {}
             () = tokio::time::sleep(POLL) => {}
             () = app.stopping.cancelled() => {}
         }
@@ -147,7 +141,7 @@ fn begin(app: &App, claimed: runs::Model) {
                 retry_or_fail(&app, lease, next_sequence, agent_name).await;
             }
         }
-        app.pool.wake();
+        app.wakes.wake(queue::SHARED);
     });
 }
 

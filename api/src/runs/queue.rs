@@ -9,6 +9,8 @@
 //! ends and starts of its runs have to do with ([`super::journal::lock_conversation`]). A claim does not wait for runs that are
 //! locked, so the two orders can't block each other.
 
+use std::borrow::Cow;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use entity::runs::Status;
 use entity::{TenantOwned, runs, tenant_queues, tenants};
@@ -26,10 +28,13 @@ use crate::error::Error;
 /// The pool that the api's own workers claim from.
 pub const SHARED: &str = "shared";
 
-/// The pool whose workers execute a tenant's runs: the one place that decides it. There are no
-/// workers outside the api yet, so dedicated tenants' runs are executed here too.
-pub fn pool_of(_tenant: &tenants::Model) -> &'static str {
-    SHARED
+/// The pool whose workers execute a tenant's runs: the one place that decides it. A dedicated tenant's runs wait for
+/// workers of its own, whose pool is named after it.
+pub fn pool_of(tenant: &tenants::Model) -> Cow<'static, str> {
+    match tenant.isolation {
+        tenants::Isolation::Shared => SHARED.into(),
+        tenants::Isolation::Dedicated => tenant.id.to_string().into(),
+    }
 }
 
 /// Puts a run into its pool's queue.
@@ -37,8 +42,20 @@ pub async fn enqueue(app: &App, tx: &DatabaseTransaction, run: runs::Model) -> R
     // Locked, so that a suspension or a change of plan comes before or after, and never gets lost.
     let tenant = tenants::Entity::in_tenant(run.tenant_id).lock_shared().one(tx).await?;
     let tenant = tenant.ok_or_else(|| Error::internal("a run of a tenant that is gone"))?;
-    let plan = app.plans.get(&tenant.plan)?;
     let pool = pool_of(&tenant);
+    let weight = make_queue(app, tx, &tenant, &pool).await?;
+    let vtime = next_vtime(tx, tenant.id, &pool, 1.0 / weight).await?;
+    let mut row = run.into_active_model();
+    row.status = Set(Status::Queued);
+    row.pool = Set(pool.to_string());
+    row.vtime = Set(Some(vtime));
+    row.lease_until = Set(None);
+    Ok(row.update(tx).await?)
+}
+
+/// Makes a tenant's queue in a pool, if it isn't there. Returns the tenant's weight.
+async fn make_queue(app: &App, tx: &DatabaseTransaction, tenant: &tenants::Model, pool: &str) -> Result<f64, Error> {
+    let plan = app.plans.get(&tenant.plan)?;
     let max_running = if tenant.status == tenants::Status::Active { plan.max_concurrent_runs } else { 0 };
     let queue = tenant_queues::ActiveModel {
         tenant_id: Set(tenant.id),
@@ -53,13 +70,49 @@ pub async fn enqueue(app: &App, tx: &DatabaseTransaction, run: runs::Model) -> R
         .on_conflict(OnConflict::new().do_nothing().to_owned())
         .exec_without_returning(tx)
         .await?;
-    let vtime = next_vtime(tx, tenant.id, pool, 1.0 / f64::from(Ord::max(plan.weight, 1))).await?;
-    let mut row = run.into_active_model();
-    row.status = Set(Status::Queued);
-    row.pool = Set(pool.to_owned());
-    row.vtime = Set(Some(vtime));
-    row.lease_until = Set(None);
-    Ok(row.update(tx).await?)
+    Ok(f64::from(Ord::max(plan.weight, 1)))
+}
+
+/// Moves what a tenant has queued to the pool that it has now, in the same order. What workers of the old pool hold
+/// they finish. The caller's transaction holds the tenant.
+pub async fn change_pool(app: &App, tx: &DatabaseTransaction, tenant: &tenants::Model) -> Result<(), Error> {
+    let pool = pool_of(tenant);
+    let left = runs::Entity::in_tenant(tenant.id)
+        .filter(runs::Column::Status.eq(Status::Queued))
+        .filter(runs::Column::Pool.ne(pool.as_ref()));
+    let left: Vec<(Uuid, String)> = left
+        .select_only()
+        .columns([runs::Column::Id, runs::Column::Pool])
+        .lock_exclusive()
+        .into_tuple()
+        .all(tx)
+        .await?;
+    let Some((_, old)) = left.into_iter().next() else { return Ok(()) };
+    let weight = make_queue(app, tx, tenant, &pool).await?;
+    let start = pool_vtime(tx, &pool).await?;
+    // Runs that wait for their conversation have no virtual time yet; they get one at their enqueue.
+    let sql = "UPDATE runs SET pool = $2, vtime = CASE WHEN runs.vtime IS NULL THEN NULL ELSE $3 + moved.place * $4 END \
+               FROM (SELECT id, row_number() OVER (ORDER BY vtime, id) AS place FROM runs \
+                     WHERE tenant_id = $1 AND status = 'queued' AND pool <> $2) AS moved \
+               WHERE runs.id = moved.id";
+    let values = [tenant.id.into(), pool.to_string().into(), start.into(), (1.0 / weight).into()];
+    tx.execute_raw(Statement::from_sql_and_values(tx.get_database_backend(), sql, values)).await?;
+    for pool in [old.as_str(), pool.as_ref()] {
+        refresh_head(tx, tenant.id, pool).await?;
+    }
+    tenant_queues::Entity::update_many()
+        .col_expr(
+            tenant_queues::Column::LastVtime,
+            Expr::cust(
+                "COALESCE((SELECT max(vtime) FROM runs WHERE runs.tenant_id = tenant_queues.tenant_id \
+                        AND runs.pool = tenant_queues.pool AND runs.status = 'queued'), last_vtime)",
+            ),
+        )
+        .filter(tenant_queues::Column::TenantId.eq(tenant.id))
+        .filter(tenant_queues::Column::Pool.eq(pool.as_ref()))
+        .exec(tx)
+        .await?;
+    Ok(())
 }
 
 #[derive(FromQueryResult)]
@@ -68,22 +121,26 @@ struct LastVtime {
 }
 
 async fn next_vtime(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str, step: f64) -> Result<f64, Error> {
-    // The pool's own time is the greatest virtual time that was claimed.
-    let pool_vtime: Option<Option<f64>> = tenant_queues::Entity::across_tenants()
+    let sql = "UPDATE tenant_queues SET \
+               last_vtime = (CASE WHEN last_vtime > $4 THEN last_vtime ELSE $4 END) + $3, \
+               next_vtime = COALESCE(next_vtime, (CASE WHEN last_vtime > $4 THEN last_vtime ELSE $4 END) + $3) \
+               WHERE tenant_id = $1 AND pool = $2 RETURNING last_vtime";
+    let values = [tenant_id.into(), pool.into(), step.into(), pool_vtime(tx, pool).await?.into()];
+    let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
+    let row = LastVtime::find_by_statement(statement).one(tx).await?;
+    Ok(row.ok_or_else(|| Error::internal("a tenant's queue is gone"))?.last_vtime)
+}
+
+/// The pool's own time: the greatest virtual time that was claimed.
+async fn pool_vtime(tx: &DatabaseTransaction, pool: &str) -> Result<f64, Error> {
+    let claimed: Option<Option<f64>> = tenant_queues::Entity::across_tenants()
         .filter(tenant_queues::Column::Pool.eq(pool))
         .select_only()
         .column_as(tenant_queues::Column::ClaimedVtime.max(), "vtime")
         .into_tuple()
         .one(tx)
         .await?;
-    let sql = "UPDATE tenant_queues SET \
-               last_vtime = (CASE WHEN last_vtime > $4 THEN last_vtime ELSE $4 END) + $3, \
-               next_vtime = COALESCE(next_vtime, (CASE WHEN last_vtime > $4 THEN last_vtime ELSE $4 END) + $3) \
-               WHERE tenant_id = $1 AND pool = $2 RETURNING last_vtime";
-    let values = [tenant_id.into(), pool.into(), step.into(), pool_vtime.flatten().unwrap_or(0.0).into()];
-    let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
-    let row = LastVtime::find_by_statement(statement).one(tx).await?;
-    Ok(row.ok_or_else(|| Error::internal("a tenant's queue is gone"))?.last_vtime)
+    Ok(claimed.flatten().unwrap_or(0.0))
 }
 
 /// Claims up to `max` runs of a pool, the next in fair order first. Each has a new fencing token and

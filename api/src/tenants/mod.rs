@@ -58,6 +58,7 @@ pub async fn create(app: &App, new: NewTenant) -> Outcome<tenants::Model> {
         previous_webhook_secret_until: Set(None),
         created_at: Set(now),
         updated_at: Set(now),
+        auth_epoch: Set(0),
     };
     Ok(row.insert(app.db.write()).await?)
 }
@@ -98,8 +99,9 @@ pub async fn set_plan(app: &App, id: Uuid, plan: &str) -> Outcome<tenants::Model
     if !suspended {
         set_max_running(&tx, id, plan.max_concurrent_runs).await?;
     }
+    runs::queue::change_pool(app, &tx, &tenant).await?;
     tx.commit().await?;
-    app.pool.wake();
+    app.wakes.wake(&runs::queue::pool_of(&tenant));
     app.releases.wake();
     app.keys.authority_changed(id);
     app.changes.publish(id, changes::Change::Usage);
@@ -138,7 +140,7 @@ pub async fn resume(app: &App, id: Uuid) -> Outcome<tenants::Model> {
     let tenant = row.update(&tx).await?;
     set_max_running(&tx, id, plan.max_concurrent_runs).await?;
     tx.commit().await?;
-    app.pool.wake();
+    app.wakes.wake(&runs::queue::pool_of(&tenant));
     Ok(tenant)
 }
 
