@@ -8,6 +8,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::batch::Batch;
 use crate::billing::plans::{self, Plans};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -18,12 +19,12 @@ use crate::keys::{self, KeyRing};
 use crate::metrics;
 use crate::models::catalog::{self, Catalog};
 use crate::rate::RateLimits;
-use crate::runs::live::Live;
 use crate::runs::pool::Pool;
 use crate::runs::wakes::Wakes;
+use crate::runs::{self, live::Live};
 use crate::secrets::Vault;
 use crate::tenants::changes::Changes;
-use crate::usage::quota::Releases;
+use crate::usage::quota::{self, Releases};
 
 /// The application: concrete parts, shared by every request. Cheap to clone.
 #[derive(Clone)]
@@ -37,6 +38,8 @@ pub struct Parts {
     pub clock: Clock,
     /// The database.
     pub db: Db,
+    /// Writes that gather.
+    pub batches: Batches,
     /// Seals secrets.
     pub vault: Vault,
     /// The plans as configured.
@@ -67,6 +70,19 @@ pub struct Parts {
     pub tasks: TaskTracker,
     /// Cancelled when the process is asked to stop.
     pub stopping: CancellationToken,
+}
+
+/// Where writes gather, by kind.
+#[derive(Default)]
+pub struct Batches {
+    /// Runs that start.
+    pub start: Batch<runs::start::Start>,
+    /// Model calls that ask for a reservation.
+    pub reserve: Batch<quota::Reserve>,
+    /// Model calls that are about to be sent.
+    pub send: Batch<quota::Send>,
+    /// What model calls were charged, and what runs have to write down.
+    pub record: Batch<runs::record::Record>,
 }
 
 impl Deref for App {
@@ -111,6 +127,7 @@ impl App {
             metrics: metrics::install(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
+            batches: Batches::default(),
             config,
             clock,
             db,

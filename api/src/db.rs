@@ -38,6 +38,8 @@ impl Db {
         options
             .max_connections(config.database.max_connections)
             .acquire_timeout(Duration::from_secs(10))
+            // A connection that was just used is taken to stand: asking first would double every statement's way.
+            .test_before_acquire_if_idle_for(Duration::from_secs(1))
             .set_application_name("cloister")
             .record_stmt_in_spans(false)
             .sqlx_logging_level(STATEMENTS);
@@ -80,6 +82,15 @@ impl Db {
     pub async fn migrate(&self) -> Result<(), DbErr> {
         Migrator::up(&self.write, None).await
     }
+}
+
+/// `VALUES ($1, $2), ($3, $4), …`: as a table, its columns are `column1`, `column2`, … on both databases.
+pub fn values_list(rows: usize, columns: usize) -> String {
+    let row = |row: usize| {
+        let parameters: Vec<String> = (1..=columns).map(|column| format!("${}", row * columns + column)).collect();
+        format!("({})", parameters.join(", "))
+    };
+    format!("VALUES {}", (0..rows).map(row).collect::<Vec<_>>().join(", "))
 }
 
 /// The folder that a database file is to be in.

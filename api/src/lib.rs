@@ -2,6 +2,7 @@
 
 pub mod agents;
 pub mod app;
+pub mod batch;
 pub mod billing;
 pub mod clock;
 pub mod config;

@@ -1,6 +1,7 @@
 //! Runs: state, lease and place in the queue.
 
 use sea_orm::entity::prelude::*;
+use sea_orm::{Iterable, QuerySelect};
 
 /// Where a run stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EnumIter, DeriveActiveEnum)]
@@ -94,3 +95,10 @@ pub struct Model {
 }
 
 impl ActiveModelBehavior for ActiveModel {}
+
+/// Everyone's runs without their spec, which is large and which few need: it is null in what is found. For the
+/// platform's own work, as [`crate::TenantOwned::across_tenants`].
+pub fn without_spec() -> Select<Entity> {
+    let columns = Column::iter().filter(|column| !matches!(column, Column::Spec));
+    Entity::find().select_only().columns(columns).expr_as(Expr::value(Json::Null), "spec")
+}

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::item::{Body, Role, RunErrorCode, Step, arguments_hash};
+use crate::item::{Body, Role, RunErrorCode, RunStatus, Step, arguments_hash};
 use crate::model::{Finish, ModelResponse, Part};
 
 /// What is known of a turn before its response arrives. It owns all it needs, since the
@@ -22,8 +22,8 @@ pub struct TurnRecorder {
 }
 
 impl TurnRecorder {
-    /// The response's items in their order: parts by index, then what it cost, then the run's end if the
-    /// response can't be used. They are one append, made before any tool starts.
+    /// The response's items in their order: parts by index, then what it cost, then the run's end if nothing is
+    /// left to do after it: it is the final answer, or can't be used. They are one append, made before any tool starts.
     pub fn steps(&self, response: &ModelResponse) -> Vec<Step> {
         let mut ids = self.call_ids();
         let mut bodies: Vec<Body> = response
@@ -46,10 +46,8 @@ impl TurnRecorder {
             .collect();
         bodies.push(Body::Usage { model: self.model.clone(), usage: response.usage });
         let mut steps: Vec<Step> = bodies.into_iter().map(|body| self.step(body)).collect();
-        if let Some((code, message)) = unusable(response) {
-            // A change of state stands outside the turn, like every other.
-            steps.push(Step { turn: None, ..self.step(Body::failed(code, message)) });
-        }
+        // A change of state stands outside the turn, like every other.
+        steps.extend(end(response).map(|body| Step { turn: None, ..self.step(body) }));
         steps
     }
 
@@ -90,6 +88,21 @@ impl CallIds {
         self.assigned.push((index, id.clone()));
         id
     }
+}
+
+/// How a response ends the run, if it does. One with calls never does.
+fn end(response: &ModelResponse) -> Option<Body> {
+    if response.parts.iter().any(|part| matches!(part, Part::ToolCall { .. })) {
+        return None;
+    }
+    if let Some((code, message)) = unusable(response) {
+        return Some(Body::failed(code, message));
+    }
+    let last = response.parts.iter().rev().find_map(|part| match part {
+        Part::Message { text, .. } => Some(text.clone()),
+        _ => None,
+    });
+    Some(Body::Status { status: RunStatus::Succeeded, error: None, output: Some(last.unwrap_or_default()) })
 }
 
 /// Why a response ends the run as failed, if it does. Beside calls nothing does: they are handled, and the model

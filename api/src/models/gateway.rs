@@ -23,9 +23,10 @@ use super::tokens;
 use crate::app::App;
 use crate::error::Error;
 use crate::metrics::{self, CallOutcome};
-use crate::runs;
+use crate::runs::journal::{Append, Verdict};
+use crate::runs::record;
 use crate::tenants::changes::Change;
-use crate::usage::ledger;
+use crate::usage::ledger::Settlement;
 use crate::usage::quota::{self, Ask, CallOrigin, DEFAULT_MAX_OUTPUT, Denied, Reserved};
 
 /// How long a call goes on that nobody waits for any more.
@@ -269,10 +270,16 @@ impl Call {
         response: Option<&ModelResponse>,
     ) -> Result<bool, Error> {
         usage.cost_nano_usd = catalog::cost(&self.origin.model.price, &usage);
+        let append = self.journal.as_ref().zip(response).map(|(journal, response)| Append {
+            lease: journal.lease,
+            from_sequence: journal.recorder.from_sequence,
+            steps: journal.recorder.steps(response),
+        });
+        let settlement = Settlement { reservation: reservation.clone(), usage };
         let mut pause = Duration::from_millis(50);
-        let stored = loop {
-            match self.try_settle(reservation, &usage, response).await {
-                Ok(stored) => break stored,
+        let verdict = loop {
+            match record::settle(&self.app, settlement.clone(), append.clone()).await {
+                Ok(verdict) => break verdict,
                 Err(error) => {
                     tracing::error!(%error, inside = ?error, call_id = %reservation.call_id, "a call could not be settled yet");
                     tokio::time::sleep(pause).await;
@@ -289,31 +296,7 @@ impl Call {
         }
         self.app.releases.wake();
         self.app.changes.publish(reservation.tenant_id, Change::Usage);
-        Ok(stored)
-    }
-
-    async fn try_settle(
-        &self,
-        reservation: &quota_reservations::Model,
-        usage: &TokenUsage,
-        response: Option<&ModelResponse>,
-    ) -> Result<bool, Error> {
-        let tx = self.app.db.begin().await?;
-        ledger::settle(&tx, reservation, usage).await?;
-        let mut appended = None;
-        if let (Some(journal), Some(response)) = (&self.journal, response) {
-            let steps = journal.recorder.steps(response);
-            let now = self.app.clock.now();
-            appended =
-                runs::journal::append_in(&self.app, &tx, journal.lease, journal.recorder.from_sequence, steps, now)
-                    .await?;
-        }
-        tx.commit().await?;
-        let stored = appended.is_some();
-        if let Some(appended) = appended {
-            runs::journal::publish(&self.app, appended);
-        }
-        Ok(stored)
+        Ok(matches!(verdict, Some(Verdict::Stored | Verdict::Repeated)))
     }
 
     /// Awaits the head of an answer, which may take longer than a reservation stands by itself.

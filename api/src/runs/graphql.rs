@@ -2,7 +2,7 @@
 #![allow(missing_docs)] // fields and inputs are what the schema says they are
 
 use async_graphql::connection::Connection;
-use async_graphql::{Context, Enum, ID, InputObject, Json, Object, Result, SimpleObject, Subscription};
+use async_graphql::{Context, ID, InputObject, Json, Object, Result, SimpleObject, Subscription};
 use chrono::{DateTime, Utc};
 use cloister_runtime::item;
 use entity::runs::Status;
@@ -14,10 +14,10 @@ use serde_json::Value;
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
-use super::NewRun;
 use super::events::events;
 use super::items_graphql::{RunEvent, RunItem, ToolCallItem};
 use super::status::{RunErrorCode, RunStatus, code_from_name};
+use super::{NewRun, OnBusy};
 use crate::agents::graphql::{Agent, AgentVersion, agent_id, required_agent};
 use crate::conversations::graphql::{Conversation, conversation_id};
 use crate::error::{Error, Outcome, UserError, payload};
@@ -172,17 +172,6 @@ impl RunFilter {
     }
 }
 
-/// What happens while the conversation has an unfinished run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Enum)]
-pub enum OnBusy {
-    /// This run waits for it.
-    Enqueue,
-    /// This run is refused. Not supported yet.
-    Reject,
-    /// The unfinished run is cancelled. Not supported yet.
-    Interrupt,
-}
-
 #[derive(InputObject)]
 pub struct StartRunInput {
     agent_id: ID,
@@ -207,9 +196,6 @@ impl StartRunInput {
         if self.variables.is_some() {
             return Err(UserError::not_supported("variables").into());
         }
-        if self.on_busy.is_some_and(|on_busy| on_busy != OnBusy::Enqueue) {
-            return Err(UserError::not_supported("onBusy").into());
-        }
         Ok(NewRun {
             agent_id: agent_id(&self.agent_id),
             input: self.input,
@@ -219,6 +205,7 @@ impl StartRunInput {
             draft: self.draft.unwrap_or(false),
             max_tokens: self.max_tokens.map(|tokens| tokens.0),
             timeout_seconds: self.timeout_seconds,
+            on_busy: self.on_busy.unwrap_or_default(),
             idempotency_key: self.idempotency_key,
         })
     }

@@ -1,6 +1,6 @@
 //! The journal in the database: the one place where a run's items are stored and its state moves.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -10,20 +10,43 @@ use cloister_runtime::journal::{Journal, JournalError, Progress};
 use cloister_runtime::spec::Lease;
 use entity::runs::Status;
 use entity::{TenantOwned, conversations, run_items, runs, tenants};
-use sea_orm::ActiveValue::{Set, Unchanged};
+use sea_orm::ActiveValue::Set;
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder,
-    QuerySelect, Select,
+    ActiveEnum, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, QueryFilter, QueryOrder,
+    QuerySelect, Statement, Value,
 };
 use uuid::Uuid;
 
-use super::queue;
 use super::status::{code_name, stored};
+use super::{queue, record};
 use crate::app::App;
+use crate::db::values_list;
 use crate::error::Error;
 use crate::tenants::changes::Change;
 
-/// What an append stored, to be told to subscribers once it is committed.
+/// Steps that a worker asks to have stored.
+#[derive(Clone, Debug)]
+pub struct Append {
+    /// Its right to the run.
+    pub lease: Lease,
+    /// The sequence that the first step is to have.
+    pub from_sequence: i64,
+    /// What happened.
+    pub steps: Vec<Step>,
+}
+
+/// What became of an append.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is stored.
+    Stored,
+    /// It was stored before, by the same holder: its answer had been lost.
+    Repeated,
+    /// The lease is lost, or the sequence is not the next one (I3).
+    Refused,
+}
+
+/// What was stored of a run, to be told to subscribers once it is committed. The run has no spec.
 pub struct Appended {
     /// The run as it is now.
     pub run: runs::Model,
@@ -31,49 +54,112 @@ pub struct Appended {
     pub items: Vec<Item>,
     /// Whether the run's state moved.
     pub moved: bool,
-    /// The conversation's next run, if this one's end let it into the queue.
-    pub next: Option<runs::Model>,
 }
 
-/// Stores `steps` from `from_sequence` on, in the caller's transaction, and renews the lease. None if
-/// the lease is lost or the sequence is not the next one (I3).
-pub async fn append_in(
+/// Stores what workers ask for, in the caller's transaction, and renews their leases. One that is refused changes
+/// nothing of the others. Returns a verdict for each, and what was stored of each run.
+pub async fn append_all(
     app: &App,
     tx: &DatabaseTransaction,
-    lease: Lease,
-    from_sequence: i64,
-    steps: Vec<Step>,
-    now: DateTime<Utc>,
-) -> Result<Option<Appended>, Error> {
-    if steps.iter().any(|step| matches!(step.body, Body::Status { .. })) {
-        lock_conversation(tx, runs::Entity::across_tenants().filter(runs::Column::Id.eq(lease.run_id))).await?;
+    appends: Vec<Append>,
+) -> Result<(Vec<Verdict>, Vec<Appended>), Error> {
+    if appends.is_empty() {
+        return Ok((Vec::new(), Vec::new()));
     }
-    let run = runs::Entity::across_tenants()
-        .filter(runs::Column::Id.eq(lease.run_id))
-        .filter(runs::Column::Fence.eq(lease.fence))
-        .filter(runs::Column::Status.eq(Status::Running))
-        .filter(runs::Column::NextSequence.eq(from_sequence))
-        .lock_exclusive()
-        .one(tx)
-        .await?;
-    let Some(run) = run else {
-        return Ok(None);
-    };
+    let ending =
+        appends.iter().filter(|append| append.steps.iter().any(|step| matches!(step.body, Body::Status { .. })));
+    lock_conversations(tx, ending.map(|append| append.lease.run_id).collect()).await?;
+    let now = app.clock.now();
     let until = queue::lease_from(app, now);
-    write(app, tx, run, steps, now, Some(until)).await.map(Some)
+    let rows = runs::without_spec()
+        .filter(runs::Column::Id.is_in(appends.iter().map(|append| append.lease.run_id)))
+        .order_by_asc(runs::Column::Id)
+        .lock_exclusive()
+        .all(tx)
+        .await?;
+    let mut entries: BTreeMap<Uuid, Entry> = rows.into_iter().map(|run| (run.id, Entry::of(run))).collect();
+    let mut verdicts = Vec::with_capacity(appends.len());
+    for append in appends {
+        let entry = entries.get_mut(&append.lease.run_id);
+        verdicts.push(entry.map_or(Verdict::Refused, |entry| entry.take(append, now, until)));
+    }
+    let written = entries.into_values().filter(|entry| !entry.items.is_empty()).collect();
+    Ok((verdicts, store(app, tx, written, now).await?))
 }
 
-/// Locks a run's tenant and conversation, before the run: its end locks the conversation's next run, whose cancel or
-/// end would otherwise wait for us while we wait for it.
-pub async fn lock_conversation(tx: &DatabaseTransaction, run: Select<runs::Entity>) -> Result<(), Error> {
-    let ids: Option<(Uuid, Option<Uuid>)> =
-        run.select_only().columns([runs::Column::TenantId, runs::Column::ConversationId]).into_tuple().one(tx).await?;
-    if let Some((tenant_id, Some(id))) = ids {
-        tenants::Entity::in_tenant(tenant_id).lock_shared().one(tx).await?;
-        let conversation = conversations::Entity::across_tenants().filter(conversations::Column::Id.eq(id));
-        conversation.lock_exclusive().one(tx).await?;
+/// Locks runs' tenants and conversations, before the runs: an end locks the conversation's next run, whose cancel or
+/// end would otherwise wait for us while we wait for it. SQLite has one writer, and nothing to lock.
+pub async fn lock_conversations(tx: &DatabaseTransaction, run_ids: Vec<Uuid>) -> Result<(), Error> {
+    if run_ids.is_empty() || tx.get_database_backend() == DbBackend::Sqlite {
+        return Ok(());
     }
+    let ids: Vec<(Uuid, Uuid)> = runs::Entity::across_tenants()
+        .filter(runs::Column::Id.is_in(run_ids))
+        .filter(runs::Column::ConversationId.is_not_null())
+        .select_only()
+        .columns([runs::Column::TenantId, runs::Column::ConversationId])
+        .into_tuple()
+        .all(tx)
+        .await?;
+    if ids.is_empty() {
+        return Ok(());
+    }
+    let (tenant_ids, conversation_ids): (Vec<Uuid>, Vec<Uuid>) = ids.into_iter().unzip();
+    tenants::Entity::across_tenants()
+        .filter(tenants::Column::Id.is_in(tenant_ids))
+        .order_by_asc(tenants::Column::Id)
+        .lock_shared()
+        .all(tx)
+        .await?;
+    conversations::Entity::across_tenants()
+        .filter(conversations::Column::Id.is_in(conversation_ids))
+        .order_by_asc(conversations::Column::Id)
+        .lock_exclusive()
+        .all(tx)
+        .await?;
     Ok(())
+}
+
+/// A run whose row a transaction holds, and what is added to its journal.
+struct Entry {
+    before: runs::Model,
+    run: runs::Model,
+    items: Vec<Item>,
+}
+
+impl Entry {
+    fn of(run: runs::Model) -> Self {
+        Self { before: run.clone(), run, items: Vec::new() }
+    }
+
+    fn take(&mut self, append: Append, now: DateTime<Utc>, lease_until: DateTime<Utc>) -> Verdict {
+        let Append { lease, from_sequence, steps } = append;
+        if self.run.fence != lease.fence {
+            return Verdict::Refused;
+        }
+        if self.run.status == Status::Running && self.run.next_sequence == from_sequence {
+            self.add(steps, now, Some(lease_until));
+            return Verdict::Stored;
+        }
+        let next = from_sequence + i64::try_from(steps.len()).unwrap_or(0);
+        if self.run.next_sequence == next { Verdict::Repeated } else { Verdict::Refused }
+    }
+
+    /// Adds steps, and does what they mean for the run's row.
+    fn add(&mut self, steps: Vec<Step>, now: DateTime<Utc>, lease_until: Option<DateTime<Utc>>) {
+        let held_ms = queue::held_ms(&self.run, now);
+        for step in steps {
+            apply(&mut self.run, &step, now);
+            self.items.push(Item { sequence: self.run.next_sequence, created_at: now, step });
+            self.run.next_sequence += 1;
+        }
+        // Only a run that a worker goes on with has a lease.
+        let goes_on = self.run.status == Status::Running;
+        self.run.lease_until = lease_until.filter(|_| goes_on);
+        if !goes_on {
+            self.run.held_ms = held_ms;
+        }
+    }
 }
 
 /// Stores items of a run whose row the caller's transaction holds, and does what they mean for the
@@ -84,68 +170,123 @@ pub async fn write(
     run: runs::Model,
     steps: Vec<Step>,
     now: DateTime<Utc>,
-    lease_until: Option<DateTime<Utc>>,
 ) -> Result<Appended, Error> {
-    let before = run.clone();
-    let held_ms = queue::held_ms(&run, now);
-    let mut row = run.into_active_model();
-    let mut items = Vec::with_capacity(steps.len());
-    for (sequence, step) in (before.next_sequence..).zip(steps) {
-        apply(&mut row, &step, now);
-        items.push(Item { sequence, created_at: now, step });
-    }
-    row.next_sequence = Set(before.next_sequence + i64::try_from(items.len()).unwrap_or(0));
-    // Only a run that a worker goes on with has a lease.
-    let goes_on = matches!(&row.status, Set(Status::Running) | Unchanged(Status::Running));
-    row.lease_until = Set(lease_until.filter(|_| goes_on));
-    if !goes_on {
-        row.held_ms = Set(held_ms);
-    }
-    let run = row.update(tx).await?;
-    let rows = items.iter().map(|item| to_row(&before, item)).collect::<Result<Vec<_>, Error>>()?;
-    run_items::Entity::insert_many(rows).exec_without_returning(tx).await?;
+    let mut entry = Entry::of(run);
+    entry.add(steps, now, None);
+    let appended = store(app, tx, vec![entry], now).await?.into_iter().next();
+    appended.ok_or_else(|| Error::internal("an append came to nothing"))
+}
 
-    let moved = run.status != before.status;
+async fn store(
+    app: &App,
+    tx: &DatabaseTransaction,
+    entries: Vec<Entry>,
+    now: DateTime<Utc>,
+) -> Result<Vec<Appended>, Error> {
+    update_rows(tx, &entries).await?;
+    insert_items(tx, entries.iter().map(|entry| (&entry.run, entry.items.as_slice()))).await?;
+    let moved = |entry: &&Entry| entry.run.status != entry.before.status;
     // Runs are locked before the queue; see there.
-    let next = match moved && Status::TERMINAL.contains(&run.status) {
-        true => next_of_conversation(tx, &run, now).await?,
-        false => None,
-    };
-    if moved && before.status == Status::Running {
-        queue::vacate(tx, run.tenant_id, &run.pool).await?;
-    } else if moved && before.status == Status::Queued {
-        queue::refresh_head(tx, run.tenant_id, &run.pool).await?;
+    let mut next = Vec::new();
+    for entry in entries.iter().filter(moved).filter(|entry| Status::TERMINAL.contains(&entry.run.status)) {
+        next.extend(next_of_conversation(tx, &entry.run, now).await?);
     }
-    let next = match next {
-        Some(next) => Some(queue::enqueue(app, tx, next).await?),
-        None => None,
-    };
-    Ok(Appended { run, items, moved, next })
+    let mut vacated: BTreeMap<(Uuid, &str), i32> = BTreeMap::new();
+    let mut left: BTreeSet<(Uuid, &str)> = BTreeSet::new();
+    for entry in entries.iter().filter(moved) {
+        let queue = (entry.run.tenant_id, entry.run.pool.as_str());
+        match entry.before.status {
+            Status::Running => *vacated.entry(queue).or_default() += 1,
+            Status::Queued => drop(left.insert(queue)),
+            _ => {}
+        }
+    }
+    for ((tenant_id, pool), places) in vacated {
+        queue::vacate(tx, tenant_id, pool, places).await?;
+    }
+    for (tenant_id, pool) in left {
+        queue::refresh_head(tx, tenant_id, pool).await?;
+    }
+    for run in next {
+        queue::enqueue(app, tx, run).await?;
+    }
+    let appended = entries.into_iter().map(|Entry { before, run, items }| {
+        let moved = run.status != before.status;
+        Appended { run, items, moved }
+    });
+    Ok(appended.collect())
+}
+
+/// Writes what appends may change of runs, in one statement.
+async fn update_rows(tx: &DatabaseTransaction, entries: &[Entry]) -> Result<(), Error> {
+    const COLUMNS: usize = 11;
+    if entries.is_empty() {
+        return Ok(());
+    }
+    let sql = format!(
+        "UPDATE runs SET status = v.column2, output = v.column3, error_code = v.column4, error_message = v.column5, \
+         turns = v.column6, current_agent_id = v.column7, next_sequence = v.column8, lease_until = v.column9, \
+         held_ms = v.column10, finished_at = v.column11 FROM ({}) AS v WHERE runs.id = v.column1",
+        values_list(entries.len(), COLUMNS)
+    );
+    let values = entries.iter().flat_map(|Entry { run, .. }| -> [Value; COLUMNS] {
+        [
+            run.id.into(),
+            run.status.to_value().into(),
+            run.output.clone().into(),
+            run.error_code.clone().into(),
+            run.error_message.clone().into(),
+            run.turns.into(),
+            run.current_agent_id.into(),
+            run.next_sequence.into(),
+            run.lease_until.into(),
+            run.held_ms.into(),
+            run.finished_at.into(),
+        ]
+    });
+    tx.execute_raw(Statement::from_sql_and_values(tx.get_database_backend(), sql, values)).await?;
+    Ok(())
+}
+
+/// Stores runs' items.
+pub async fn insert_items(
+    tx: &DatabaseTransaction,
+    items: impl Iterator<Item = (&runs::Model, &[Item])>,
+) -> Result<(), Error> {
+    /// Rows a statement: SQLite takes 32,766 parameters.
+    const ROWS: usize = 1_000;
+    let rows = items.flat_map(|(run, items)| items.iter().map(move |item| to_row(run, item)));
+    let rows = rows.collect::<Result<Vec<_>, Error>>()?;
+    for rows in rows.chunks(ROWS) {
+        run_items::Entity::insert_many(rows.to_vec()).exec_without_returning(tx).await?;
+    }
+    Ok(())
 }
 
 /// What an item means for the run's row.
-fn apply(row: &mut runs::ActiveModel, step: &Step, now: DateTime<Utc>) {
+fn apply(run: &mut runs::Model, step: &Step, now: DateTime<Utc>) {
     match &step.body {
-        Body::Usage { .. } => row.turns = Set(step.turn.and_then(|turn| i32::try_from(turn).ok()).unwrap_or(0)),
-        Body::Handoff { to_agent_id, .. } => row.current_agent_id = Set(*to_agent_id),
+        Body::Usage { .. } => run.turns = step.turn.and_then(|turn| i32::try_from(turn).ok()).unwrap_or(0),
+        Body::Handoff { to_agent_id, .. } => run.current_agent_id = *to_agent_id,
         Body::Status { status, error, output } => {
-            row.status = Set(stored(*status));
+            run.status = stored(*status);
             if let Some(error) = error {
-                row.error_code = Set(Some(code_name(error.code)));
-                row.error_message = Set(Some(error.message.clone()));
+                run.error_code = Some(code_name(error.code));
+                run.error_message = Some(error.message.clone());
             }
             if *status == RunStatus::Succeeded {
-                row.output = Set(Some(output.clone().unwrap_or_default()));
+                run.output = Some(output.clone().unwrap_or_default());
             }
             if status.is_terminal() {
-                row.finished_at = Set(Some(now));
+                run.finished_at = Some(now);
             }
         }
         Body::Message { .. } | Body::Reasoning { .. } | Body::ToolCall { .. } | Body::ToolOutput { .. } => {}
     }
 }
 
-/// The conversation's next run, which waited for this one to end; locked.
+/// The conversation's next run, which waited for this one to end. Not locked: one that is queued already is for claims to
+/// lock, and one that waits is kept by the conversation's lock.
 async fn next_of_conversation(
     tx: &DatabaseTransaction,
     run: &runs::Model,
@@ -164,7 +305,6 @@ async fn next_of_conversation(
         .filter(runs::Column::Status.is_in(Status::UNFINISHED))
         .order_by_asc(runs::Column::Id)
         .limit(1)
-        .lock_exclusive()
         .one(tx)
         .await?;
     Ok(next.filter(|next| next.status == Status::Queued && next.vtime.is_none()))
@@ -260,39 +400,18 @@ pub struct DatabaseJournal(pub App);
 #[async_trait]
 impl Journal for DatabaseJournal {
     async fn append(&self, lease: Lease, from_sequence: i64, steps: Vec<Step>) -> Result<(), JournalError> {
-        let app = &self.0;
-        let unavailable = |error: Error| {
-            tracing::warn!(run_id = %lease.run_id, inside = ?error, "an append failed");
-            JournalError::Unavailable(error.to_string())
-        };
-        let until = from_sequence + i64::try_from(steps.len()).unwrap_or(0);
-        match append(app, lease, from_sequence, steps).await.map_err(unavailable)? {
-            Some(appended) => publish(app, appended),
-            // A commit whose answer was lost: the same holder has written this before.
-            None if holds_up_to(app, lease, until).await.map_err(unavailable)? => {}
-            None => return Err(JournalError::LeaseLost),
+        let append = Append { lease, from_sequence, steps };
+        match record::append(&self.0, append).await {
+            Ok(Verdict::Stored | Verdict::Repeated) => Ok(()),
+            Ok(Verdict::Refused) => Err(JournalError::LeaseLost),
+            Err(error) => {
+                tracing::warn!(run_id = %lease.run_id, inside = ?error, "an append failed");
+                Err(JournalError::Unavailable(error.to_string()))
+            }
         }
-        Ok(())
     }
 
     async fn progress(&self, lease: Lease, progress: Progress) {
         self.0.live.progress(lease, progress);
     }
-}
-
-async fn append(app: &App, lease: Lease, from: i64, steps: Vec<Step>) -> Result<Option<Appended>, Error> {
-    let tx = app.db.begin().await?;
-    let appended = append_in(app, &tx, lease, from, steps, app.clock.now()).await?;
-    tx.commit().await?;
-    Ok(appended)
-}
-
-async fn holds_up_to(app: &App, lease: Lease, next_sequence: i64) -> Result<bool, Error> {
-    let run = runs::Entity::across_tenants()
-        .filter(runs::Column::Id.eq(lease.run_id))
-        .filter(runs::Column::Fence.eq(lease.fence))
-        .filter(runs::Column::NextSequence.eq(next_sequence))
-        .one(app.db.read())
-        .await?;
-    Ok(run.is_some())
 }

@@ -7,16 +7,19 @@ pub mod journal;
 pub mod live;
 pub mod pool;
 pub mod queue;
+pub mod record;
 pub mod rest;
+pub mod start;
 pub mod status;
 pub mod wakes;
 
-use cloister_runtime::item::{Body, Role, RunStatus, Step};
+use async_graphql::Enum;
+use cloister_runtime::item::{Body, RunStatus, Step};
 use cloister_runtime::spec::RunSpec;
 use entity::runs::Status;
-use entity::{TenantOwned, conversations, runs, tenants};
+use entity::{TenantOwned, runs};
 use sea_orm::ActiveValue::Set;
-use sea_orm::{ActiveModelTrait, ColumnTrait, DatabaseTransaction, PaginatorTrait, QueryFilter, QuerySelect, SqlErr};
+use sea_orm::{ActiveModelTrait, ColumnTrait, DatabaseTransaction, QueryFilter, QuerySelect};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -51,8 +54,22 @@ pub struct NewRun {
     pub max_tokens: Option<i64>,
     /// Seconds it may take.
     pub timeout_seconds: Option<i32>,
+    /// What happens while the conversation has an unfinished run.
+    pub on_busy: OnBusy,
     /// Against starting twice.
     pub idempotency_key: Option<String>,
+}
+
+/// What happens to a new run while its conversation has an unfinished one; paused and waiting ones count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Enum)]
+pub enum OnBusy {
+    /// This run waits for it.
+    #[default]
+    Enqueue,
+    /// This run is refused with CONFLICT.
+    Reject,
+    /// The unfinished run is cancelled, and so are those that wait for it.
+    Interrupt,
 }
 
 impl NewRun {
@@ -68,7 +85,8 @@ impl NewRun {
                 self.version,
                 self.draft,
                 self.max_tokens,
-                self.timeout_seconds
+                self.timeout_seconds,
+                self.on_busy
             )
         ))
     }
@@ -87,10 +105,13 @@ pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<run
         let message = "Nothing is left of this month's tokens. Raise the limit, or wait for the new month.";
         return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
     }
-    let key = new.idempotency_key.clone();
-    match insert(app, viewer, new, frozen, &fingerprint).await {
+    let started = match (new.conversation_id, new.new_conversation) {
+        (Some(id), _) => start::in_conversation(app, viewer, &new, frozen, &fingerprint, id).await,
+        (None, begins) => start::alone(app, viewer, &new, frozen, &fingerprint, begins).await,
+    };
+    match started {
         // Another request with the same key was faster.
-        Err(Refusal::Error(Error::Conflict)) => repeated(app, tenant_id, key.as_deref(), &fingerprint)
+        Err(Refusal::Error(Error::Conflict)) => repeated(app, tenant_id, new.idempotency_key.as_deref(), &fingerprint)
             .await?
             .ok_or_else(|| Error::internal("an idempotency key conflicts with no run").into()),
         other => other,
@@ -134,110 +155,6 @@ async fn repeated(app: &App, tenant_id: Uuid, key: Option<&str>, fingerprint: &s
         }
         run => Ok(run),
     }
-}
-
-async fn insert(
-    app: &App,
-    viewer: &TenantViewer,
-    new: NewRun,
-    frozen: graph::Frozen,
-    fingerprint: &str,
-) -> Outcome<runs::Model> {
-    let tenant_id = viewer.tenant_id();
-    let tx = app.db.begin().await?;
-    // Locked before all else, and looked at again: it may have been suspended since the key was checked.
-    let tenant = tenants::Entity::in_tenant(tenant_id).lock_shared().one(&tx).await?;
-    if tenant.is_none_or(|tenant| tenant.status != tenants::Status::Active) {
-        return Err(Error::Suspended.into());
-    }
-    let (conversation_id, waits) = conversation(app, &tx, tenant_id, &new).await?;
-    // Made while the conversation is locked: its runs are ordered by their ids.
-    let id = Uuid::now_v7();
-    let now = app.clock.now();
-    let agent_name = frozen.root_name().to_owned();
-    let spec = RunSpec { run_id: id, root: new.agent_id, agents: frozen.agents, input: new.input.clone() };
-    let row = runs::ActiveModel {
-        id: Set(id),
-        tenant_id: Set(tenant_id),
-        api_key_id: Set(Some(viewer.key.id)),
-        agent_id: Set(new.agent_id),
-        agent_version_id: Set(frozen.version_id),
-        current_agent_id: Set(new.agent_id),
-        conversation_id: Set(conversation_id),
-        status: Set(Status::Queued),
-        input: Set(new.input.clone()),
-        output: Set(None),
-        error_code: Set(None),
-        error_message: Set(None),
-        turns: Set(0),
-        max_tokens: Set(new.max_tokens),
-        timeout_seconds: Set(new.timeout_seconds.unwrap_or(app.config.runs.timeout_seconds.cast_signed())),
-        spec: Set(serde_json::to_value(&spec).map_err(Error::from)?),
-        idempotency_hash: Set(new.idempotency_key.is_some().then(|| fingerprint.to_owned())),
-        idempotency_key: Set(new.idempotency_key),
-        pool: Set(queue::pool_of(&viewer.tenant).into_owned()),
-        vtime: Set(None),
-        fence: Set(0),
-        lease_until: Set(None),
-        claimed_at: Set(None),
-        held_ms: Set(0),
-        next_sequence: Set(1),
-        created_at: Set(now),
-        started_at: Set(None),
-        finished_at: Set(None),
-    };
-    let run = row.insert(&tx).await.map_err(|error| match error.sql_err() {
-        Some(SqlErr::UniqueConstraintViolation(_)) => Error::Conflict,
-        _ => error.into(),
-    })?;
-    // An input that is stored with its run is what a later run of the conversation goes on from.
-    let input = Body::Message { index: None, role: Role::User, text: new.input };
-    let step = Step { agent_name, turn: None, body: input };
-    let mut run = journal::write(app, &tx, run, vec![step], now, None).await?.run;
-    if !waits {
-        run = queue::enqueue(app, &tx, run).await?;
-    }
-    app.pool.commit_queued(app, tx, &run).await?;
-    Ok(run)
-}
-
-/// The conversation of a new run, and whether an unfinished run of it goes first.
-async fn conversation(
-    app: &App,
-    tx: &DatabaseTransaction,
-    tenant_id: Uuid,
-    new: &NewRun,
-) -> Outcome<(Option<Uuid>, bool)> {
-    let now = app.clock.now();
-    if new.new_conversation {
-        let id = Uuid::now_v7();
-        let row = conversations::ActiveModel {
-            id: Set(id),
-            tenant_id: Set(tenant_id),
-            created_at: Set(now),
-            updated_at: Set(now),
-            deleted_at: Set(None),
-        };
-        row.insert(tx).await?;
-        return Ok((Some(id), false));
-    }
-    let Some(id) = new.conversation_id else {
-        return Ok((None, false));
-    };
-    // Locked, so that of two runs started at once one sees the other.
-    let conversation = conversations::Entity::in_tenant(tenant_id)
-        .filter(conversations::Column::Id.eq(id))
-        .filter(conversations::Column::DeletedAt.is_null())
-        .lock_exclusive()
-        .one(tx)
-        .await?;
-    if conversation.is_none() {
-        return Err(UserError::not_found("conversationId", "conversation").into());
-    }
-    let unfinished = runs::Entity::in_tenant(tenant_id)
-        .filter(runs::Column::ConversationId.eq(id))
-        .filter(runs::Column::Status.is_in(Status::UNFINISHED));
-    Ok((Some(id), unfinished.count(tx).await? > 0))
 }
 
 /// Ends a run as CANCELLED: its state, its fence, and an output for every open call, in one
@@ -300,7 +217,7 @@ async fn cancel_in(app: &App, tx: &DatabaseTransaction, mut run: runs::Model) ->
     steps.retain(|step| !matches!(&step.body, Body::ToolOutput { call_id, .. } if answered(call_id)));
     steps.push(Step { agent_name, turn: None, body: Body::status(RunStatus::Cancelled) });
     run.fence = raise_fence(tx, &run).await?;
-    Ok(journal::write(app, tx, run, steps, app.clock.now(), None).await?)
+    Ok(journal::write(app, tx, run, steps, app.clock.now()).await?)
 }
 
 async fn raise_fence(tx: &DatabaseTransaction, run: &runs::Model) -> Result<i64, Error> {
@@ -326,10 +243,10 @@ pub async fn resume(app: &App, viewer: &TenantViewer, id: Uuid) -> Outcome<runs:
     }
     let agent_name = run_agent_name(&run)?;
     let step = Step { agent_name, turn: None, body: Body::status(RunStatus::Queued) };
-    let mut appended = journal::write(app, &tx, run, vec![step], app.clock.now(), None).await?;
+    let mut appended = journal::write(app, &tx, run, vec![step], app.clock.now()).await?;
     appended.run = queue::enqueue(app, &tx, appended.run).await?;
     let run = appended.run.clone();
-    app.pool.commit_queued(app, tx, &run).await?;
+    app.pool.commit_queued(app, tx, std::slice::from_ref(&run)).await?;
     app.live.items(run.id, appended.items, false);
     Ok(run)
 }
@@ -341,9 +258,8 @@ fn run_agent_name(run: &runs::Model) -> Result<String, Error> {
 
 /// A tenant's run, its row locked. A run's row is locked before its queue's, everywhere.
 async fn locked(tx: &DatabaseTransaction, tenant_id: Uuid, id: Uuid) -> Outcome<runs::Model> {
-    let run = || runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.eq(id));
-    journal::lock_conversation(tx, run()).await?;
-    let run = run().lock_exclusive().one(tx).await?;
+    journal::lock_conversations(tx, vec![id]).await?;
+    let run = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.eq(id)).lock_exclusive().one(tx).await?;
     run.ok_or_else(|| UserError::not_found("runId", "run").into())
 }
 

@@ -1,5 +1,6 @@
 //! The shared pool: claims runs of the queue and executes them in this process.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,13 +63,17 @@ impl Pool {
         }
     }
 
-    /// Commits what lets a run into the queue, and tells of it. Whoever claims the run before that tells in our
+    /// Commits what lets runs into the queue, and tells of them. Whoever claims a run before that tells in our
     /// place ([`Pool::tell_queued`]), so that no subscriber hears RUNNING before QUEUED.
-    pub async fn commit_queued(&self, app: &App, tx: DatabaseTransaction, run: &runs::Model) -> Result<(), DbErr> {
-        let _entering = Entering::new(self, run);
+    pub async fn commit_queued(&self, app: &App, tx: DatabaseTransaction, runs: &[runs::Model]) -> Result<(), DbErr> {
+        let _entering: Vec<Entering<'_>> = runs.iter().map(|run| Entering::new(self, run)).collect();
         tx.commit().await?;
-        self.tell_queued(app, run.id);
-        app.wakes.wake(&run.pool);
+        for run in runs {
+            self.tell_queued(app, run.id);
+        }
+        for pool in runs.iter().map(|run| run.pool.as_str()).collect::<BTreeSet<_>>() {
+            app.wakes.wake(pool);
+        }
         Ok(())
     }
 

@@ -6,10 +6,11 @@
 //! capped tenant's backlog is never looked at.
 //!
 //! Whoever else needs both locks a run's row before its queue's, and before either the run's conversation, which
-//! ends and starts of its runs have to do with ([`super::journal::lock_conversation`]). A claim does not wait for runs that are
+//! ends and starts of its runs have to do with ([`super::journal::lock_conversations`]). A claim does not wait for runs that are
 //! locked, so the two orders can't block each other.
 
 use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use entity::runs::Status;
@@ -18,11 +19,12 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, LockBehavior, LockType, OnConflict};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, ExprTrait,
-    FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Select, Statement,
+    FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Select, Statement, Value,
 };
 use uuid::Uuid;
 
 use crate::app::App;
+use crate::db::values_list;
 use crate::error::Error;
 
 /// The pool that the api's own workers claim from.
@@ -42,19 +44,66 @@ pub async fn enqueue(app: &App, tx: &DatabaseTransaction, run: runs::Model) -> R
     // Locked, so that a suspension or a change of plan comes before or after, and never gets lost.
     let tenant = tenants::Entity::in_tenant(run.tenant_id).lock_shared().one(tx).await?;
     let tenant = tenant.ok_or_else(|| Error::internal("a run of a tenant that is gone"))?;
-    let pool = pool_of(&tenant);
-    let weight = make_queue(app, tx, &tenant, &pool).await?;
-    let vtime = next_vtime(tx, tenant.id, &pool, 1.0 / weight).await?;
+    let vtime = places(app, tx, &tenant, 1).await?.into_iter().next();
     let mut row = run.into_active_model();
     row.status = Set(Status::Queued);
-    row.pool = Set(pool.to_string());
-    row.vtime = Set(Some(vtime));
+    row.pool = Set(pool_of(&tenant).into_owned());
+    row.vtime = Set(vtime);
     row.lease_until = Set(None);
     Ok(row.update(tx).await?)
 }
 
-/// Makes a tenant's queue in a pool, if it isn't there. Returns the tenant's weight.
-async fn make_queue(app: &App, tx: &DatabaseTransaction, tenant: &tenants::Model, pool: &str) -> Result<f64, Error> {
+/// The next `count` virtual times of a tenant's queue, now taken. The caller's transaction holds the tenant.
+pub async fn places(
+    app: &App,
+    tx: &DatabaseTransaction,
+    tenant: &tenants::Model,
+    count: u32,
+) -> Result<Vec<f64>, Error> {
+    let pool = pool_of(tenant);
+    let step = 1.0 / weight(app, tenant)?;
+    let last = match take_places(tx, tenant.id, &pool, step, count).await? {
+        Some(last) => last,
+        None => {
+            make_queue(app, tx, tenant, &pool).await?;
+            let last = take_places(tx, tenant.id, &pool, step, count).await?;
+            last.ok_or_else(|| Error::internal("a tenant's queue is gone"))?
+        }
+    };
+    Ok((0..count).rev().map(|before_last| last - step * f64::from(before_last)).collect())
+}
+
+#[derive(FromQueryResult)]
+struct LastVtime {
+    last_vtime: f64,
+}
+
+/// The last of the virtual times that were taken; none if the tenant has no queue in the pool.
+async fn take_places(
+    tx: &DatabaseTransaction,
+    tenant_id: Uuid,
+    pool: &str,
+    step: f64,
+    count: u32,
+) -> Result<Option<f64>, Error> {
+    // The pool's own time is the greatest virtual time that was claimed.
+    let sql = "UPDATE tenant_queues SET \
+               last_vtime = (CASE WHEN last_vtime > pool_time.vtime THEN last_vtime ELSE pool_time.vtime END) + $3 * $4, \
+               next_vtime = COALESCE(next_vtime, \
+                   (CASE WHEN last_vtime > pool_time.vtime THEN last_vtime ELSE pool_time.vtime END) + $3) \
+               FROM (SELECT MAX(claimed_vtime) AS vtime FROM tenant_queues WHERE pool = $2) AS pool_time \
+               WHERE tenant_id = $1 AND pool = $2 RETURNING last_vtime";
+    let values = [tenant_id.into(), pool.into(), step.into(), f64::from(count).into()];
+    let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
+    Ok(LastVtime::find_by_statement(statement).one(tx).await?.map(|row| row.last_vtime))
+}
+
+fn weight(app: &App, tenant: &tenants::Model) -> Result<f64, Error> {
+    Ok(f64::from(Ord::max(app.plans.get(&tenant.plan)?.weight, 1)))
+}
+
+/// Makes a tenant's queue in a pool, if it isn't there.
+async fn make_queue(app: &App, tx: &DatabaseTransaction, tenant: &tenants::Model, pool: &str) -> Result<(), Error> {
     let plan = app.plans.get(&tenant.plan)?;
     let max_running = if tenant.status == tenants::Status::Active { plan.max_concurrent_runs } else { 0 };
     let queue = tenant_queues::ActiveModel {
@@ -70,7 +119,7 @@ async fn make_queue(app: &App, tx: &DatabaseTransaction, tenant: &tenants::Model
         .on_conflict(OnConflict::new().do_nothing().to_owned())
         .exec_without_returning(tx)
         .await?;
-    Ok(f64::from(Ord::max(plan.weight, 1)))
+    Ok(())
 }
 
 /// Moves what a tenant has queued to the pool that it has now, in the same order. What workers of the old pool hold
@@ -88,14 +137,14 @@ pub async fn change_pool(app: &App, tx: &DatabaseTransaction, tenant: &tenants::
         .all(tx)
         .await?;
     let Some((_, old)) = left.into_iter().next() else { return Ok(()) };
-    let weight = make_queue(app, tx, tenant, &pool).await?;
+    make_queue(app, tx, tenant, &pool).await?;
     let start = pool_vtime(tx, &pool).await?;
     // Runs that wait for their conversation have no virtual time yet; they get one at their enqueue.
     let sql = "UPDATE runs SET pool = $2, vtime = CASE WHEN runs.vtime IS NULL THEN NULL ELSE $3 + moved.place * $4 END \
                FROM (SELECT id, row_number() OVER (ORDER BY vtime, id) AS place FROM runs \
                      WHERE tenant_id = $1 AND status = 'queued' AND pool <> $2) AS moved \
                WHERE runs.id = moved.id";
-    let values = [tenant.id.into(), pool.to_string().into(), start.into(), (1.0 / weight).into()];
+    let values = [tenant.id.into(), pool.to_string().into(), start.into(), (1.0 / weight(app, tenant)?).into()];
     tx.execute_raw(Statement::from_sql_and_values(tx.get_database_backend(), sql, values)).await?;
     for pool in [old.as_str(), pool.as_ref()] {
         refresh_head(tx, tenant.id, pool).await?;
@@ -113,22 +162,6 @@ pub async fn change_pool(app: &App, tx: &DatabaseTransaction, tenant: &tenants::
         .exec(tx)
         .await?;
     Ok(())
-}
-
-#[derive(FromQueryResult)]
-struct LastVtime {
-    last_vtime: f64,
-}
-
-async fn next_vtime(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str, step: f64) -> Result<f64, Error> {
-    let sql = "UPDATE tenant_queues SET \
-               last_vtime = (CASE WHEN last_vtime > $4 THEN last_vtime ELSE $4 END) + $3, \
-               next_vtime = COALESCE(next_vtime, (CASE WHEN last_vtime > $4 THEN last_vtime ELSE $4 END) + $3) \
-               WHERE tenant_id = $1 AND pool = $2 RETURNING last_vtime";
-    let values = [tenant_id.into(), pool.into(), step.into(), pool_vtime(tx, pool).await?.into()];
-    let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
-    let row = LastVtime::find_by_statement(statement).one(tx).await?;
-    Ok(row.ok_or_else(|| Error::internal("a tenant's queue is gone"))?.last_vtime)
 }
 
 /// The pool's own time: the greatest virtual time that was claimed.
@@ -151,41 +184,94 @@ pub async fn claim(app: &App, pool: &str, max: usize) -> Result<Vec<runs::Model>
         return Ok(Vec::new());
     }
     let now = app.clock.now();
-    let until = lease_from(app, now);
     let tx = app.db.begin().await?;
-    let mut claimed = Vec::new();
-    while claimed.len() < max {
-        let least = tenant_queues::Entity::across_tenants()
-            .filter(claimable(pool))
-            .order_by_asc(tenant_queues::Column::NextVtime);
-        let Some(queue) = skip_locked(&tx, least).one(&tx).await? else { break };
-        let head = runs::Entity::in_tenant(queue.tenant_id)
-            .filter(runs::Column::Pool.eq(pool))
-            .filter(runs::Column::Status.eq(Status::Queued))
-            .filter(runs::Column::Vtime.is_not_null())
-            .order_by_asc(runs::Column::Vtime)
-            .limit(2);
-        // A run that somebody else holds is being cancelled; who does that notes the next one anew.
-        let mut head = skip_locked(&tx, head).all(&tx).await?.into_iter();
-        let run = head.next();
-        let mut row = queue.clone().into_active_model();
-        row.next_vtime = Set(head.next().and_then(|next| next.vtime));
-        if let Some(run) = run {
-            row.running = Set(queue.running + 1);
-            row.claimed_vtime = Set(f64::max(queue.claimed_vtime, run.vtime.unwrap_or(0.0)));
-            let (fence, started_at) = (run.fence + 1, run.started_at.unwrap_or(now));
-            let mut run = run.into_active_model();
-            run.status = Set(Status::Running);
-            run.fence = Set(fence);
-            run.lease_until = Set(Some(until));
-            run.started_at = Set(Some(started_at));
-            run.claimed_at = Set(Some(now));
-            claimed.push(run.update(&tx).await?);
-        }
-        row.update(&tx).await?;
+    // The least virtual times belong to as many tenants at most.
+    let least = tenant_queues::Entity::across_tenants()
+        .filter(claimable(pool))
+        .order_by_asc(tenant_queues::Column::NextVtime)
+        .limit(max as u64);
+    let queues = skip_locked(&tx, least).all(&tx).await?;
+    let mut waiting = Vec::new();
+    for queue in &queues {
+        waiting.extend(head_of(&tx, queue, max).await?);
     }
+    let chosen = choose(&queues, waiting, max);
+    for queue in queues {
+        advance(&tx, queue, &chosen).await?;
+    }
+    let ids = chosen.iter().filter(|head| head.is_claimed).map(|head| head.id);
+    let mut claimed = runs::Entity::update_many()
+        .set(runs::ActiveModel {
+            status: Set(Status::Running),
+            lease_until: Set(Some(lease_from(app, now))),
+            claimed_at: Set(Some(now)),
+            ..Default::default()
+        })
+        .col_expr(runs::Column::Fence, Expr::col(runs::Column::Fence).add(1))
+        .col_expr(runs::Column::StartedAt, Expr::col(runs::Column::StartedAt).if_null(now))
+        .filter(runs::Column::Id.is_in(ids))
+        .exec_with_returning(&tx)
+        .await?;
     tx.commit().await?;
+    claimed.sort_by(|a, b| f64::total_cmp(&a.vtime.unwrap_or(0.0), &b.vtime.unwrap_or(0.0)));
     Ok(claimed)
+}
+
+/// A run at the head of its tenant's queue.
+#[derive(FromQueryResult)]
+struct Head {
+    id: Uuid,
+    tenant_id: Uuid,
+    vtime: f64,
+    #[sea_orm(skip)]
+    is_claimed: bool,
+}
+
+/// A tenant's next runs, as many as it may have claimed, and one more.
+async fn head_of(tx: &DatabaseTransaction, queue: &tenant_queues::Model, max: usize) -> Result<Vec<Head>, Error> {
+    let head = runs::Entity::in_tenant(queue.tenant_id)
+        .filter(runs::Column::Pool.eq(queue.pool.as_str()))
+        .filter(runs::Column::Status.eq(Status::Queued))
+        .filter(runs::Column::Vtime.is_not_null())
+        .order_by_asc(runs::Column::Vtime)
+        .select_only()
+        .columns([runs::Column::Id, runs::Column::TenantId, runs::Column::Vtime])
+        .limit(Ord::min(free_places(queue), max) as u64 + 1);
+    // A run that somebody else holds is being cancelled; who does that notes the next one anew.
+    Ok(skip_locked(tx, head).into_model().all(tx).await?)
+}
+
+fn free_places(queue: &tenant_queues::Model) -> usize {
+    usize::try_from(queue.max_running - queue.running).unwrap_or(0)
+}
+
+/// Marks the `max` runs that come first, within each tenant's cap.
+fn choose(queues: &[tenant_queues::Model], mut waiting: Vec<Head>, max: usize) -> Vec<Head> {
+    waiting.sort_by(|a, b| f64::total_cmp(&a.vtime, &b.vtime));
+    let mut free: HashMap<Uuid, usize> = queues.iter().map(|queue| (queue.tenant_id, free_places(queue))).collect();
+    let mut left = max;
+    for head in &mut waiting {
+        let Some(free) = free.get_mut(&head.tenant_id).filter(|free| **free > 0 && left > 0) else { continue };
+        *free -= 1;
+        left -= 1;
+        head.is_claimed = true;
+    }
+    waiting
+}
+
+/// Notes in a tenant's queue what was claimed of it, and what comes next.
+async fn advance(tx: &DatabaseTransaction, queue: tenant_queues::Model, heads: &[Head]) -> Result<(), Error> {
+    let own = || heads.iter().filter(|head| head.tenant_id == queue.tenant_id);
+    let claimed = || own().filter(|head| head.is_claimed);
+    let running = queue.running + i32::try_from(claimed().count()).unwrap_or(0);
+    let last = claimed().map(|head| head.vtime).fold(queue.claimed_vtime, f64::max);
+    let next = own().find(|head| !head.is_claimed).map(|head| head.vtime);
+    let mut row = queue.into_active_model();
+    row.running = Set(running);
+    row.claimed_vtime = Set(last);
+    row.next_vtime = Set(next);
+    row.update(tx).await?;
+    Ok(())
 }
 
 /// On SQLite there is one writer, and nothing to skip.
@@ -208,10 +294,10 @@ pub fn lease_from(app: &App, now: DateTime<Utc>) -> DateTime<Utc> {
     now + TimeDelta::seconds(i64::try_from(app.config.runs.lease_seconds).unwrap_or(30))
 }
 
-/// Frees the place of a run that a worker held and that isn't waiting to be claimed again.
-pub async fn vacate(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str) -> Result<(), Error> {
+/// Frees the places of runs that workers held and that aren't theirs any more.
+pub async fn vacate(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str, places: i32) -> Result<(), Error> {
     tenant_queues::Entity::update_many()
-        .col_expr(tenant_queues::Column::Running, Expr::col(tenant_queues::Column::Running).sub(1))
+        .col_expr(tenant_queues::Column::Running, Expr::col(tenant_queues::Column::Running).sub(places))
         .filter(tenant_queues::Column::TenantId.eq(tenant_id))
         .filter(tenant_queues::Column::Pool.eq(pool))
         .exec(tx)
@@ -273,7 +359,7 @@ pub async fn take_back(tx: &DatabaseTransaction, whose: Whose, now: DateTime<Utc
         Whose::Everyone | Whose::Tenant(_) | Whose::Held(..) => held.lock_exclusive(),
     };
     let mut waiting = Vec::new();
-    for run in held.all(tx).await? {
+    for run in held.order_by_asc(runs::Column::Id).all(tx).await? {
         let (tenant_id, pool, fence) = (run.tenant_id, run.pool.clone(), run.fence + 1);
         let held_ms = held_ms(&run, now);
         let mut row = run.into_active_model();
@@ -282,7 +368,7 @@ pub async fn take_back(tx: &DatabaseTransaction, whose: Whose, now: DateTime<Utc
         row.fence = Set(fence);
         row.lease_until = Set(None);
         waiting.push(row.update(tx).await?);
-        vacate(tx, tenant_id, &pool).await?;
+        vacate(tx, tenant_id, &pool, 1).await?;
         refresh_head(tx, tenant_id, &pool).await?;
     }
     Ok(waiting)
@@ -298,19 +384,24 @@ pub fn held_ms(run: &runs::Model, now: DateTime<Utc>) -> i64 {
 
 /// Renews leases; those that were lost are returned.
 pub async fn renew(app: &App, held: Vec<(Uuid, i64)>) -> Result<Vec<(Uuid, i64)>, Error> {
+    /// Leases a statement.
+    const MOST: usize = 500;
     let until = lease_from(app, app.clock.now());
     let mut lost = Vec::new();
-    for (id, fence) in held {
-        let renewed = runs::Entity::update_many()
-            .set(runs::ActiveModel { lease_until: Set(Some(until)), ..Default::default() })
-            .filter(runs::Column::Id.eq(id))
-            .filter(runs::Column::Fence.eq(fence))
-            .filter(runs::Column::Status.eq(Status::Running))
-            .exec(app.db.write())
-            .await?;
-        if renewed.rows_affected == 0 {
-            lost.push((id, fence));
-        }
+    for held in held.chunks(MOST) {
+        let sql = format!(
+            "UPDATE runs SET lease_until = ${} FROM ({}) AS held \
+             WHERE runs.id = held.column1 AND runs.fence = held.column2 AND runs.status = 'running' RETURNING runs.id",
+            held.len() * 2 + 1,
+            values_list(held.len(), 2)
+        );
+        let values = held.iter().flat_map(|(id, fence)| -> [Value; 2] { [(*id).into(), (*fence).into()] });
+        let values: Vec<Value> = values.chain([until.into()]).collect();
+        let db = app.db.write();
+        let statement = Statement::from_sql_and_values(db.get_database_backend(), sql, values);
+        let renewed: HashSet<Uuid> =
+            db.query_all_raw(statement).await?.iter().map(|row| row.try_get("", "id")).collect::<Result<_, _>>()?;
+        lost.extend(held.iter().filter(|(id, _)| !renewed.contains(id)));
     }
     Ok(lost)
 }

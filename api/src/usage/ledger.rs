@@ -1,5 +1,7 @@
 //! The ledger: a row for each model call that a provider charged, exactly once (I1).
 
+use std::collections::{BTreeMap, HashSet};
+
 use cloister_runtime::item::TokenUsage;
 use entity::{Shared, TenantOwned, prices, quota_reservations, usage_records};
 use sea_orm::sea_query::OnConflict;
@@ -17,15 +19,42 @@ use crate::metrics::{self, CallOutcome};
 use crate::models::catalog;
 use crate::tenants::changes::Change;
 
-/// Records what a call was charged, in the caller's transaction: the row, the day's totals and the
-/// reservation. The reservation's time decides the day and the month. Done a second time, nothing
-/// happens.
-pub async fn settle(
-    tx: &DatabaseTransaction,
-    reservation: &quota_reservations::Model,
-    usage: &TokenUsage,
-) -> Result<(), Error> {
-    let row = usage_records::Model {
+/// What a call was charged.
+#[derive(Clone, Debug)]
+pub struct Settlement {
+    /// The call. Its time decides the day and the month.
+    pub reservation: quota_reservations::Model,
+    /// What the provider counted, or we did in its place.
+    pub usage: TokenUsage,
+}
+
+/// Records what calls were charged, in the caller's transaction: the rows, the days' totals and the reservations. For
+/// a call that is recorded already nothing happens.
+pub async fn settle(tx: &DatabaseTransaction, settlements: &[Settlement]) -> Result<(), Error> {
+    if settlements.is_empty() {
+        return Ok(());
+    }
+    let rows = settlements.iter().map(|settlement| record(settlement).into_active_model().reset_all());
+    let inserted = usage_records::Entity::insert_many(rows)
+        .on_conflict(OnConflict::new().do_nothing().to_owned())
+        .exec_with_returning_keys(tx)
+        .await?;
+    let new: HashSet<Uuid> = inserted.into_iter().map(|(call_id, _)| call_id).collect();
+    let new = || settlements.iter().filter(|settlement| new.contains(&settlement.reservation.call_id));
+    let mut totals: BTreeMap<TotalsKey, Totals> = BTreeMap::new();
+    for settlement in new() {
+        totals.entry(TotalsKey::of(&settlement.reservation)).or_default().add(&settlement.usage);
+    }
+    // In the keys' order, as the counters are after them: two transactions can't wait for each other.
+    for (key, totals) in totals {
+        add_to_totals(tx, key, totals).await?;
+    }
+    quota::take(tx, new().map(|settlement| (settlement.reservation.call_id, settlement.usage.total_tokens())).collect())
+        .await
+}
+
+fn record(Settlement { reservation, usage }: &Settlement) -> usage_records::Model {
+    usage_records::Model {
         call_id: reservation.call_id,
         created_at: reservation.created_at,
         tenant_id: reservation.tenant_id,
@@ -45,29 +74,60 @@ pub async fn settle(
         reasoning_tokens: usage.reasoning_tokens,
         cost: usage.cost_nano_usd,
         estimated: usage.estimated,
-    };
-    let inserted = usage_records::Entity::insert(row.into_active_model().reset_all())
-        .on_conflict(OnConflict::new().do_nothing().to_owned())
-        .exec_without_returning(tx)
-        .await?;
-    if inserted == 0 {
-        return Ok(());
     }
-    add_to_totals(tx, reservation, usage).await?;
-    quota::take(tx, reservation.call_id, usage.total_tokens()).await?;
-    Ok(())
 }
 
-async fn add_to_totals(
-    tx: &DatabaseTransaction,
-    reservation: &quota_reservations::Model,
-    usage: &TokenUsage,
-) -> Result<(), Error> {
+/// A row of `usage_totals`.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct TotalsKey {
+    tenant_id: Uuid,
+    day: String,
+    agent_id: Uuid,
+    agent_version: i32,
+    model: String,
+    key_id: Uuid,
+}
+
+impl TotalsKey {
+    fn of(reservation: &quota_reservations::Model) -> Self {
+        Self {
+            tenant_id: reservation.tenant_id,
+            day: day_of(reservation.created_at),
+            agent_id: reservation.agent_id.unwrap_or(Uuid::nil()),
+            agent_version: reservation.agent_version.unwrap_or(0),
+            model: reservation.model.clone(),
+            key_id: reservation.key_id.unwrap_or(Uuid::nil()),
+        }
+    }
+}
+
+/// What is added to it.
+#[derive(Default)]
+struct Totals {
+    requests: i64,
+    estimated_requests: i64,
+    tokens: TokenUsage,
+}
+
+impl Totals {
+    fn add(&mut self, usage: &TokenUsage) {
+        self.requests += 1;
+        self.estimated_requests += i64::from(usage.estimated);
+        self.tokens.input_tokens += usage.input_tokens;
+        self.tokens.cache_read_tokens += usage.cache_read_tokens;
+        self.tokens.cache_write_tokens += usage.cache_write_tokens;
+        self.tokens.output_tokens += usage.output_tokens;
+        self.tokens.reasoning_tokens += usage.reasoning_tokens;
+        self.tokens.cost_nano_usd += usage.cost_nano_usd;
+    }
+}
+
+async fn add_to_totals(tx: &DatabaseTransaction, key: TotalsKey, totals: Totals) -> Result<(), Error> {
     let sql = "INSERT INTO usage_totals (tenant_id, day, agent_id, agent_version, model, key_id, requests, \
                estimated_requests, input_tokens, cache_read_tokens, cache_write_tokens, output_tokens, \
-               reasoning_tokens, cost) VALUES ($1, $2, $3, $4, $5, $6, 1, $7, $8, $9, $10, $11, $12, $13) \
+               reasoning_tokens, cost) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14) \
                ON CONFLICT (tenant_id, day, agent_id, agent_version, model, key_id) DO UPDATE SET \
-               requests = usage_totals.requests + 1, \
+               requests = usage_totals.requests + excluded.requests, \
                estimated_requests = usage_totals.estimated_requests + excluded.estimated_requests, \
                input_tokens = usage_totals.input_tokens + excluded.input_tokens, \
                cache_read_tokens = usage_totals.cache_read_tokens + excluded.cache_read_tokens, \
@@ -76,19 +136,20 @@ async fn add_to_totals(
                reasoning_tokens = usage_totals.reasoning_tokens + excluded.reasoning_tokens, \
                cost = usage_totals.cost + excluded.cost";
     let values = [
-        reservation.tenant_id.into(),
-        day_of(reservation.created_at).into(),
-        reservation.agent_id.unwrap_or(Uuid::nil()).into(),
-        reservation.agent_version.unwrap_or(0).into(),
-        reservation.model.clone().into(),
-        reservation.key_id.unwrap_or(Uuid::nil()).into(),
-        i64::from(usage.estimated).into(),
-        usage.input_tokens.into(),
-        usage.cache_read_tokens.into(),
-        usage.cache_write_tokens.into(),
-        usage.output_tokens.into(),
-        usage.reasoning_tokens.into(),
-        usage.cost_nano_usd.into(),
+        key.tenant_id.into(),
+        key.day.into(),
+        key.agent_id.into(),
+        key.agent_version.into(),
+        key.model.into(),
+        key.key_id.into(),
+        totals.requests.into(),
+        totals.estimated_requests.into(),
+        totals.tokens.input_tokens.into(),
+        totals.tokens.cache_read_tokens.into(),
+        totals.tokens.cache_write_tokens.into(),
+        totals.tokens.output_tokens.into(),
+        totals.tokens.reasoning_tokens.into(),
+        totals.tokens.cost_nano_usd.into(),
     ];
     tx.execute_raw(Statement::from_sql_and_values(tx.get_database_backend(), sql, values)).await?;
     Ok(())
@@ -119,12 +180,13 @@ pub async fn sweep(app: &App, all: bool) -> Result<(), Error> {
         };
         usage.cost_nano_usd = catalog::cost(&price, &usage);
         let tx = app.db.begin().await?;
-        settle(&tx, &orphan, &usage).await?;
+        let (tenant_id, call_id) = (orphan.tenant_id, orphan.call_id);
+        settle(&tx, &[Settlement { reservation: orphan, usage }]).await?;
         tx.commit().await?;
         metrics::model_call(CallOutcome::Orphaned, Some(&usage));
-        tracing::warn!(call_id = %orphan.call_id, tokens = usage.total_tokens(), "settled an orphaned model call by estimate");
+        tracing::warn!(%call_id, tokens = usage.total_tokens(), "settled an orphaned model call by estimate");
         app.releases.wake();
-        app.changes.publish(orphan.tenant_id, Change::Usage);
+        app.changes.publish(tenant_id, Change::Usage);
     }
     Ok(())
 }

@@ -343,8 +343,6 @@ async fn a_runs_fields_are_checked(builder: TestAppBuilder) {
         ("idempotencyKey", json!(long(256)), "INVALID", "idempotencyKey"),
         ("idempotencyKey", json!("\u{0}"), "INVALID", "idempotencyKey"),
         ("variables", json!({}), "NOT_SUPPORTED_YET", "variables"),
-        ("onBusy", json!("REJECT"), "NOT_SUPPORTED_YET", "onBusy"),
-        ("onBusy", json!("INTERRUPT"), "NOT_SUPPORTED_YET", "onBusy"),
     ] {
         assert_refused(&tenant.client, "startRun", with(&start, field, value), code, path).await;
     }

@@ -1,0 +1,270 @@
+//! How a run comes into being: its row, its input as the journal's first item, its place in the queue.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use cloister_runtime::item::{Body, Item, Role, Step};
+use cloister_runtime::spec::RunSpec;
+use entity::runs::Status;
+use entity::{TenantOwned, conversations, runs, tenants};
+use sea_orm::ActiveValue::Set;
+use sea_orm::sea_query::OnConflict;
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter,
+    QueryOrder, QuerySelect,
+};
+use uuid::Uuid;
+
+use super::{NewRun, OnBusy, cancel_in, journal, queue};
+use crate::agents::graph::Frozen;
+use crate::app::App;
+use crate::batch::{self, Batch, Batched};
+use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
+use crate::viewer::TenantViewer;
+
+/// A run that is to start, in no conversation that exists already; many are started in one transaction.
+#[derive(Clone)]
+pub struct Start {
+    run: runs::Model,
+    /// The agent that answers first.
+    agent_name: String,
+    begins_conversation: bool,
+    /// Whether an unfinished run of its conversation goes first.
+    waits: bool,
+}
+
+/// What became of it.
+pub enum Started {
+    /// It is stored and queued; subscribers have been told.
+    Run(Box<runs::Model>),
+    /// The tenant is no longer active.
+    Suspended,
+    /// A run with its idempotency key exists.
+    Repeated,
+}
+
+impl Batched for Start {
+    type Done = Started;
+
+    fn batch(app: &App) -> &Batch<Self> {
+        &app.batches.start
+    }
+
+    async fn write(app: &App, starts: Vec<Self>) -> Result<Vec<Started>, Error> {
+        let tx = app.db.begin().await?;
+        let ids: Vec<Uuid> = starts.iter().map(|start| start.run.id).collect();
+        // Locked before all else, and looked at again: it may have been suspended since the key was checked.
+        let tenants = tenants::Entity::across_tenants()
+            .filter(tenants::Column::Id.is_in(starts.iter().map(|start| start.run.tenant_id)))
+            .order_by_asc(tenants::Column::Id)
+            .lock_shared()
+            .all(&tx)
+            .await?;
+        let tenants: HashMap<Uuid, tenants::Model> = tenants.into_iter().map(|tenant| (tenant.id, tenant)).collect();
+        let is_active = |id: &Uuid| tenants.get(id).is_some_and(|tenant| tenant.status == tenants::Status::Active);
+        let (active, refused): (Vec<Start>, Vec<Start>) =
+            starts.into_iter().partition(|start| is_active(&start.run.tenant_id));
+        let started = insert(app, &tx, &tenants, active).await?;
+        app.pool.commit_queued(app, tx, &started).await?;
+        let suspended: HashSet<Uuid> = refused.into_iter().map(|start| start.run.id).collect();
+        let mut started: HashMap<Uuid, runs::Model> = started.into_iter().map(|run| (run.id, run)).collect();
+        let answers = ids.into_iter().map(|id| match started.remove(&id) {
+            Some(run) => Started::Run(Box::new(run)),
+            None if suspended.contains(&id) => Started::Suspended,
+            None => Started::Repeated,
+        });
+        Ok(answers.collect())
+    }
+}
+
+/// Starts a run without a conversation, or with one that begins with it.
+pub async fn alone(
+    app: &App,
+    viewer: &TenantViewer,
+    new: &NewRun,
+    frozen: Frozen,
+    fingerprint: &str,
+    begins_conversation: bool,
+) -> Outcome<runs::Model> {
+    let conversation_id = begins_conversation.then(Uuid::now_v7);
+    let start = Start::new(app, viewer, new, frozen, fingerprint, conversation_id)?;
+    match batch::write(app, Start { begins_conversation, ..start }).await? {
+        Started::Run(run) => Ok(*run),
+        Started::Suspended => Err(Error::Suspended.into()),
+        Started::Repeated => Err(Error::Conflict.into()),
+    }
+}
+
+/// Starts a run in a conversation that exists, and does what `onBusy` asks for.
+pub async fn in_conversation(
+    app: &App,
+    viewer: &TenantViewer,
+    new: &NewRun,
+    frozen: Frozen,
+    fingerprint: &str,
+    conversation_id: Uuid,
+) -> Outcome<runs::Model> {
+    let tenant_id = viewer.tenant_id();
+    let tx = app.db.begin().await?;
+    let tenant = tenants::Entity::in_tenant(tenant_id).lock_shared().one(&tx).await?;
+    let tenant = tenant.filter(|tenant| tenant.status == tenants::Status::Active).ok_or(Error::Suspended)?;
+    // Locked, so that of two runs started at once one sees the other.
+    let conversation = conversations::Entity::in_tenant(tenant_id)
+        .filter(conversations::Column::Id.eq(conversation_id))
+        .filter(conversations::Column::DeletedAt.is_null())
+        .lock_exclusive()
+        .one(&tx)
+        .await?;
+    if conversation.is_none() {
+        return Err(UserError::not_found("conversationId", "conversation").into());
+    }
+    let unfinished = || {
+        runs::Entity::in_tenant(tenant_id)
+            .filter(runs::Column::ConversationId.eq(conversation_id))
+            .filter(runs::Column::Status.is_in(Status::UNFINISHED))
+    };
+    // Counted without a lock: claims pass over runs that are locked.
+    let is_busy = unfinished().count(&tx).await? > 0;
+    let mut cancelled = Vec::new();
+    match new.on_busy {
+        OnBusy::Reject if is_busy => {
+            let message =
+                "This conversation has an unfinished run. Wait for its end, or start with onBusy ENQUEUE or INTERRUPT.";
+            return Err(UserError::new(UserErrorCode::Conflict, "conversationId", message).into());
+        }
+        OnBusy::Interrupt if is_busy => {
+            // Newest first: a run that waits is cancelled before the one whose end would let it into the queue.
+            for run in unfinished().order_by_desc(runs::Column::Id).lock_exclusive().all(&tx).await? {
+                cancelled.push(cancel_in(app, &tx, run).await?);
+            }
+        }
+        OnBusy::Enqueue | OnBusy::Reject | OnBusy::Interrupt => {}
+    }
+    let waits = is_busy && new.on_busy == OnBusy::Enqueue;
+    // The id is made while the conversation is locked: its runs are ordered by their ids.
+    let start = Start::new(app, viewer, new, frozen, fingerprint, Some(conversation_id))?;
+    let tenants = HashMap::from([(tenant_id, tenant)]);
+    let started = insert(app, &tx, &tenants, vec![Start { waits, ..start }]).await?;
+    let run = started.first().cloned().ok_or(Refusal::Error(Error::Conflict))?;
+    app.pool.commit_queued(app, tx, &started).await?;
+    for appended in cancelled {
+        app.pool.abandon(appended.run.id, appended.run.fence);
+        journal::publish(app, appended);
+    }
+    Ok(run)
+}
+
+impl Start {
+    fn new(
+        app: &App,
+        viewer: &TenantViewer,
+        new: &NewRun,
+        frozen: Frozen,
+        fingerprint: &str,
+        conversation_id: Option<Uuid>,
+    ) -> Result<Self, Error> {
+        let id = Uuid::now_v7();
+        let agent_name = frozen.root_name().to_owned();
+        let spec = RunSpec { run_id: id, root: new.agent_id, agents: frozen.agents, input: new.input.clone() };
+        let run = runs::Model {
+            id,
+            tenant_id: viewer.tenant_id(),
+            api_key_id: Some(viewer.key.id),
+            agent_id: new.agent_id,
+            agent_version_id: frozen.version_id,
+            current_agent_id: new.agent_id,
+            conversation_id,
+            status: Status::Queued,
+            input: new.input.clone(),
+            output: None,
+            error_code: None,
+            error_message: None,
+            turns: 0,
+            max_tokens: new.max_tokens,
+            timeout_seconds: new.timeout_seconds.unwrap_or(app.config.runs.timeout_seconds.cast_signed()),
+            spec: serde_json::to_value(&spec)?,
+            idempotency_hash: new.idempotency_key.is_some().then(|| fingerprint.to_owned()),
+            idempotency_key: new.idempotency_key.clone(),
+            pool: String::new(),
+            vtime: None,
+            fence: 0,
+            lease_until: None,
+            claimed_at: None,
+            held_ms: 0,
+            next_sequence: 2,
+            created_at: app.clock.now(),
+            started_at: None,
+            finished_at: None,
+        };
+        Ok(Self { run, agent_name, begins_conversation: false, waits: false })
+    }
+
+    /// The input: stored with its run, it is what a later run of the conversation goes on from.
+    fn input(&self) -> Item {
+        let body = Body::Message { index: None, role: Role::User, text: self.run.input.clone() };
+        let step = Step { agent_name: self.agent_name.clone(), turn: None, body };
+        Item { sequence: 1, created_at: self.run.created_at, step }
+    }
+}
+
+/// Stores runs with their first items, and queues those that wait for nothing. Those whose idempotency key exists are
+/// left out. The caller's transaction holds the tenants.
+async fn insert(
+    app: &App,
+    tx: &DatabaseTransaction,
+    tenants: &HashMap<Uuid, tenants::Model>,
+    mut starts: Vec<Start>,
+) -> Result<Vec<runs::Model>, Error> {
+    let begun: Vec<conversations::ActiveModel> = starts.iter().filter_map(Start::conversation).collect();
+    if !begun.is_empty() {
+        conversations::Entity::insert_many(begun).exec_without_returning(tx).await?;
+    }
+    let mut by_tenant: BTreeMap<Uuid, Vec<&mut Start>> = BTreeMap::new();
+    for start in &mut starts {
+        by_tenant.entry(start.run.tenant_id).or_default().push(start);
+    }
+    for (tenant_id, starts) in by_tenant {
+        let tenant = tenants.get(&tenant_id).ok_or_else(|| Error::internal("a start of a tenant that is gone"))?;
+        let queued = starts.iter().filter(|start| !start.waits).count();
+        let mut vtimes = match u32::try_from(queued) {
+            Ok(count) if count > 0 => queue::places(app, tx, tenant, count).await?.into_iter(),
+            _ => Vec::new().into_iter(),
+        };
+        for start in starts {
+            start.run.pool = queue::pool_of(tenant).into_owned();
+            start.run.vtime = if start.waits { None } else { vtimes.next() };
+        }
+    }
+    let rows = starts.iter().map(|start| start.run.clone().into_active_model().reset_all());
+    let inserted = runs::Entity::insert_many(rows)
+        .on_conflict(OnConflict::new().do_nothing().to_owned())
+        .exec_with_returning_keys(tx)
+        .await?;
+    let inserted: HashSet<Uuid> = inserted.into_iter().collect();
+    let (starts, repeated): (Vec<Start>, Vec<Start>) =
+        starts.into_iter().partition(|start| inserted.contains(&start.run.id));
+    let unused: Vec<Uuid> = repeated
+        .iter()
+        .filter(|start| start.begins_conversation)
+        .filter_map(|start| start.run.conversation_id)
+        .collect();
+    if !unused.is_empty() {
+        conversations::Entity::delete_many().filter(conversations::Column::Id.is_in(unused)).exec(tx).await?;
+    }
+    let inputs: Vec<Item> = starts.iter().map(Start::input).collect();
+    journal::insert_items(tx, starts.iter().map(|start| &start.run).zip(inputs.chunks(1))).await?;
+    Ok(starts.into_iter().map(|start| start.run).collect())
+}
+
+impl Start {
+    /// The conversation that begins with the run.
+    fn conversation(&self) -> Option<conversations::ActiveModel> {
+        let id = self.run.conversation_id.filter(|_| self.begins_conversation)?;
+        Some(conversations::ActiveModel {
+            id: Set(id),
+            tenant_id: Set(self.run.tenant_id),
+            created_at: Set(self.run.created_at),
+            updated_at: Set(self.run.created_at),
+            deleted_at: Set(None),
+        })
+    }
+}
