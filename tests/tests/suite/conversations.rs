@@ -13,6 +13,7 @@ use crate::steps::{
 on_both!(
     three_runs_share_their_history_on_the_wire,
     one_run_at_a_time_goes_on_in_a_conversation,
+    a_busy_conversation_rejects_or_is_interrupted_as_asked,
     a_cancelled_run_leaves_no_orphan_call,
     a_failed_response_leaves_only_the_input,
     a_conversation_is_deleted_once_its_runs_have_ended,
@@ -91,6 +92,43 @@ async fn one_run_at_a_time_goes_on_in_a_conversation(app: TestAppBuilder) {
     };
     assert_eq!(said(2), ["Be brief.", "1", "One.", "2"]);
     assert_eq!(said(3), ["Be brief.", "1", "One.", "2", "After 2.", "3"]);
+}
+
+async fn a_busy_conversation_rejects_or_is_interrupted_as_asked(app: TestAppBuilder) {
+    let stage = Stage::set(app).await;
+    let client = stage.client();
+    stage.model.script([Reply::text("Never heard.").hold()]);
+    stage.model.always(|request| Reply::text(format!("After {}.", request.last_user_text())));
+    let agent = stage.agent(json!({})).await;
+    let first = json!({"agentId": agent, "newConversation": true, "input": "1"});
+    let first = granted(try_start(client, first).await)["run"].clone();
+    let conversation = first["conversation"]["id"].clone();
+    let next = |input: &str, on_busy: &str| {
+        json!({"agentId": agent, "conversationId": conversation, "input": input, "onBusy": on_busy})
+    };
+    stage.model.wait_for_held(1).await;
+    let refused = try_start(client, next("refused", "REJECT")).await;
+    assert_eq!(refusal(&refused), ("CONFLICT".to_owned(), "conversationId".to_owned()));
+    let waiting = start(client, next("2", "ENQUEUE")).await;
+    let third = start(client, next("3", "INTERRUPT")).await;
+    for cancelled in [text(&first["id"]), waiting] {
+        assert_eq!(run(client, &cancelled).await["status"], "CANCELLED");
+    }
+    assert_eq!(ended(client, &third).await.output(), "After 3.");
+    // Nothing is in the way any more.
+    let fourth = start(client, next("4", "REJECT")).await;
+    assert_eq!(ended(client, &fourth).await.output(), "After 4.");
+    let users = |request: &cloister_tests::model_server::RecordedRequest| -> Vec<Value> {
+        request.messages().iter().filter(|said| said["role"] == "user").map(|said| said["content"].clone()).collect()
+    };
+    let last = stage.model.requests().pop().expect("requests");
+    assert_eq!(users(&last), ["1", "2", "3", "4"], "what was said stays, the refused one was never said");
+    // Twenty at once that reject: one is let in.
+    stage.model.script([Reply::text("Held.").hold()]);
+    let all = join_all((0..20).map(|_| try_start(client, next("5", "REJECT")))).await;
+    let (started, refused): (Vec<Value>, Vec<Value>) = all.into_iter().partition(|payload| payload["run"].is_object());
+    assert_eq!((started.len(), refused.len()), (1, 19));
+    stage.model.release();
 }
 
 async fn a_cancelled_run_leaves_no_orphan_call(app: TestAppBuilder) {
