@@ -8,6 +8,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::agents::graph::Closures;
 use crate::batch::Batch;
 use crate::billing::plans::{self, Plans};
 use crate::clock::Clock;
@@ -19,12 +20,16 @@ use crate::keys::{self, KeyRing};
 use crate::metrics;
 use crate::models::catalog::{self, Catalog};
 use crate::rate::RateLimits;
+use crate::retention;
 use crate::runs::pool::Pool;
 use crate::runs::wakes::Wakes;
 use crate::runs::{self, live::Live};
 use crate::secrets::Vault;
 use crate::tenants::changes::Changes;
 use crate::usage::quota::{self, Releases};
+
+/// Closures of published agents kept at hand.
+const CLOSURES: usize = 10_000;
 
 /// The application: concrete parts, shared by every request. Cheap to clone.
 #[derive(Clone)]
@@ -46,6 +51,8 @@ pub struct Parts {
     pub plans: Plans,
     /// The models as configured, and their providers.
     pub catalog: Catalog,
+    /// What published agents reach.
+    pub closures: Closures,
     /// Keys: the admin's, uses to be written, changes of authority.
     pub keys: KeyRing,
     /// Rate limits.
@@ -104,7 +111,7 @@ impl App {
         let clock = Clock::default();
         clock.follow(db.read()).await?;
         let now = clock.now();
-        migration::partitions::ensure(db.write(), 2).await?;
+        migration::partitions::ensure(db.write(), retention::AHEAD).await?;
         let tx = db.begin().await?;
         let plans = plans::sync(&tx, &config, now).await?;
         let catalog = catalog::sync(&tx, &config, now).await?;
@@ -115,6 +122,7 @@ impl App {
             vault,
             plans,
             catalog,
+            closures: Closures::new(CLOSURES),
             keys: KeyRing::new(admin_hash),
             rates: RateLimits::default(),
             releases: Releases::default(),

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-use chrono::{DateTime, SubsecRound, TimeDelta, Utc};
+use chrono::{DateTime, Datelike, Days, NaiveTime, SubsecRound, TimeDelta, Utc};
 use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, DbErr, Statement};
 
 /// Tells the time. Cheap to clone; clones share what they learned of the database's clock.
@@ -46,6 +46,12 @@ fn process_now() -> DateTime<Utc> {
 /// `YYYY-MM`, UTC: the period of quotas and invoices.
 pub fn month_of(time: DateTime<Utc>) -> String {
     time.format("%Y-%m").to_string()
+}
+
+/// Midnight of the month's first day, UTC.
+pub fn start_of_month(time: DateTime<Utc>) -> DateTime<Utc> {
+    let midnight = time.date_naive().and_time(NaiveTime::MIN).and_utc();
+    midnight - Days::new(u64::from(time.day0()))
 }
 
 /// `YYYY-MM-DD`, UTC.

@@ -20,6 +20,7 @@ pub mod metrics;
 pub mod models;
 pub mod money;
 pub mod rate;
+pub mod retention;
 pub mod runs;
 pub mod secrets;
 pub mod serve;

@@ -16,7 +16,7 @@ use crate::db::{Db, ServeLock};
 use crate::error::Error;
 use crate::runs::{announce, pool, queue};
 use crate::usage::ledger;
-use crate::{http, keys, models, tenants};
+use crate::{http, keys, models, retention, tenants};
 
 /// A server that is up.
 pub struct Server {
@@ -159,8 +159,8 @@ fn background(app: &App) -> JoinSet<()> {
     every(&mut tasks, app, Duration::from_secs(30), "following the database's clock", |app| async move {
         Ok(app.clock.follow(app.db.read()).await?)
     });
-    every(&mut tasks, app, Duration::from_secs(6 * 3_600), "making partitions", |app| async move {
-        Ok(migration::partitions::ensure(app.db.write(), 2).await?)
+    every(&mut tasks, app, Duration::from_secs(6 * 3_600), "keeping partitions", |app| async move {
+        retention::keep(&app).await
     });
     tasks
 }

@@ -35,3 +35,37 @@ pub async fn ensure<C: ConnectionTrait>(db: &C, ahead: u32) -> Result<(), DbErr>
     }
     Ok(())
 }
+
+/// Drops the partitions of `table` for months that lie more than `months` before this one, by the database's clock; on
+/// SQLite the rows whose `column` does, some thousands at a time. Both names are ours, never a caller's.
+///
+/// # Errors
+/// The database's; among them that a partition was in use for 5 s, which is no fault: the next call tries again.
+pub async fn drop_old<C: ConnectionTrait>(db: &C, table: &str, column: &str, months: u32) -> Result<(), DbErr> {
+    if db.get_database_backend() == DbBackend::Postgres {
+        let sql = format!(
+            r#"DO $$
+            DECLARE
+                first text := to_char(
+                    date_trunc('month', now() AT TIME ZONE 'UTC') - make_interval(months => {months}), 'YYYY_MM');
+                partition text;
+            BEGIN
+                PERFORM set_config('lock_timeout', '5s', true);
+                FOR partition IN
+                    SELECT child.relname FROM pg_inherits
+                    JOIN pg_class child ON child.oid = inhrelid
+                    WHERE inhparent = '{table}'::regclass AND right(child.relname, 7) < first
+                LOOP
+                    EXECUTE format('DROP TABLE %I', partition);
+                END LOOP;
+            END $$"#
+        );
+        return db.execute_unprepared(&sql).await.map(drop);
+    }
+    let sql = format!(
+        "DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} \
+         WHERE {column} < strftime('%Y-%m-01 00:00:00', 'now', 'start of month', '-{months} months') LIMIT 5000)"
+    );
+    while db.execute_unprepared(&sql).await?.rows_affected() > 0 {}
+    Ok(())
+}

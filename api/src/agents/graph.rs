@@ -1,6 +1,7 @@
 //! The graph of agents that a run can reach: proven and frozen by a publish, read back by a run.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use cloister_runtime::spec::{AgentSpec, Handoff, RunSpec};
 use entity::{TenantOwned, agent_versions, agents};
@@ -298,7 +299,7 @@ pub struct Frozen {
     /// The version that runs; none for the draft.
     pub version_id: Option<Uuid>,
     /// Every agent of the closure. Tokens are sealed.
-    pub agents: BTreeMap<Uuid, AgentSpec>,
+    pub agents: Arc<BTreeMap<Uuid, AgentSpec>>,
 }
 
 impl Frozen {
@@ -311,40 +312,61 @@ impl Frozen {
 /// What a run of an agent is given: its published version, the one asked for, or its draft.
 pub async fn freeze(app: &App, tenant_id: Uuid, agent_id: Uuid, version: Option<i32>, draft: bool) -> Outcome<Frozen> {
     let db = app.db.read();
-    let agent = agents::Entity::in_tenant(tenant_id)
-        .filter(agents::Column::Id.eq(agent_id))
-        .filter(agents::Column::DeletedAt.is_null())
-        .one(db)
-        .await?
-        .ok_or_else(|| UserError::not_found("agentId", "agent"))?;
+    let agents = || {
+        agents::Entity::in_tenant(tenant_id)
+            .filter(agents::Column::Id.eq(agent_id))
+            .filter(agents::Column::DeletedAt.is_null())
+    };
+    let missing = || UserError::not_found("agentId", "agent");
     if draft {
+        let agent = agents().one(db).await?.ok_or_else(missing)?;
         let mut checks = Checks::default();
         let graph = Graph::of_draft(db, &agent, &mut checks).await?;
         graph.prove(app, &mut checks);
         checks.finish()?;
-        return Ok(Frozen { root: agent_id, version_id: None, agents: graph.specs() });
+        return Ok(Frozen { root: agent_id, version_id: None, agents: Arc::new(graph.specs()) });
     }
-    let root = match (version, agent.published_version_id) {
-        (Some(number), _) => numbered(db, &agent, number)
-            .await?
-            .ok_or_else(|| UserError::not_found("version", "version of this agent"))?,
-        (None, Some(id)) => versions(db, tenant_id, std::iter::once(id))
-            .await?
-            .remove(&id)
-            .ok_or_else(|| Error::internal("a published version is gone"))?,
-        (None, None) => {
-            let message = "This agent was never published. Call publishAgent, or run its draft with draft: true.";
-            return Err(UserError::new(UserErrorCode::NotPublished, "agentId", message).into());
+    if let Some(number) = version {
+        let agent = agents().one(db).await?.ok_or_else(missing)?;
+        let root = numbered(db, &agent, number).await?;
+        let root = root.ok_or_else(|| UserError::not_found("version", "version of this agent"))?;
+        let agents = closure(app, tenant_id, &root).await?;
+        return Ok(Frozen { root: agent_id, version_id: Some(root.id), agents });
+    }
+    let published: Option<Option<Uuid>> =
+        agents().select_only().column(agents::Column::PublishedVersionId).into_tuple().one(db).await?;
+    let Some(version_id) = published.ok_or_else(missing)? else {
+        let message = "This agent was never published. Call publishAgent, or run its draft with draft: true.";
+        return Err(UserError::new(UserErrorCode::NotPublished, "agentId", message).into());
+    };
+    let agents = match app.closures.get(&version_id) {
+        Some(agents) => agents,
+        None => {
+            let root = versions(db, tenant_id, std::iter::once(version_id)).await?.remove(&version_id);
+            closure(app, tenant_id, &root.ok_or_else(|| Error::internal("a published version is gone"))?).await?
         }
     };
-    let closure: Vec<Uuid> = serde_json::from_value(root.closure.clone()).map_err(Error::from)?;
+    Ok(Frozen { root: agent_id, version_id: Some(version_id), agents })
+}
+
+/// The agents of published versions' closures, by the version's id. They never change.
+pub type Closures = quick_cache::sync::Cache<Uuid, Arc<BTreeMap<Uuid, AgentSpec>>>;
+
+/// The agents of a version's closure, now at hand for later runs.
+async fn closure(
+    app: &App,
+    tenant_id: Uuid,
+    root: &agent_versions::Model,
+) -> Result<Arc<BTreeMap<Uuid, AgentSpec>>, Error> {
+    let ids: Vec<Uuid> = serde_json::from_value(root.closure.clone())?;
     let mut nodes = BTreeMap::new();
-    for (_, version) in versions(db, tenant_id, closure.into_iter()).await? {
-        let definition = serde_json::from_value(version.definition.clone()).map_err(Error::from)?;
+    for (_, version) in versions(app.db.read(), tenant_id, ids.into_iter()).await? {
+        let definition = serde_json::from_value(version.definition.clone())?;
         nodes.insert(version.agent_id, Node { name: version.name.clone(), definition, version: Some(version) });
     }
-    let graph = Graph { root: agent_id, nodes };
-    Ok(Frozen { root: agent_id, version_id: Some(root.id), agents: graph.specs() })
+    let agents = Arc::new(Graph { root: root.agent_id, nodes }.specs());
+    app.closures.insert(root.id, agents.clone());
+    Ok(agents)
 }
 
 async fn numbered(

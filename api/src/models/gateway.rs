@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
+use backon::{BackoffBuilder, ExponentialBuilder, Retryable};
 use cloister_runtime::item::{RunErrorCode, TokenUsage};
 use cloister_runtime::model::{ModelError, ModelEvent, ModelRequest, ModelResponse, Part};
 use cloister_runtime::recorder::TurnRecorder;
@@ -111,8 +111,10 @@ impl Call {
         loop {
             attempt += 1;
             let ask = Ask { attempt, input_tokens, max_output };
+            let reserve = || quota::reserve(&self.app, &self.origin, ask);
+            let reserve = reserve.retry(patience()).when(|denied| matches!(denied, Denied::Fault(_)));
             let reserved = tokio::select! {
-                reserved = quota::reserve(&self.app, &self.origin, ask) => reserved,
+                reserved = reserve => reserved,
                 () = self.events.closed() => return Ok(Err(ModelError::LeaseLost)),
             };
             let reserved = match reserved {
@@ -154,18 +156,18 @@ impl Call {
     /// One attempt: from its reservation to its settlement or release.
     async fn attempt(&self, provider: &Provider, request: &ModelRequest, reserved: Reserved) -> Result<Attempt, Error> {
         let reservation = reserved.reservation;
-        quota::mark_sent(&self.app, reservation.call_id).await?;
+        (|| quota::mark_sent(&self.app, reservation.call_id)).retry(patience()).await?;
         let sending = provider.send(&self.origin.model.model.upstream, request);
         match self.while_open(&reservation, sending).await {
             Ok(answer) => self.stream(answer, &reservation).await.map(Attempt::Over),
             Err(SendError::Retryable { message, retry_after }) => {
                 metrics::model_call(CallOutcome::Refused, None);
-                quota::release(&self.app, reservation.call_id).await?;
+                self.release(&reservation).await?;
                 Ok(Attempt::Again { message, wait: retry_after })
             }
             Err(SendError::Rejected { status, message }) => {
                 metrics::model_call(CallOutcome::Refused, None);
-                quota::release(&self.app, reservation.call_id).await?;
+                self.release(&reservation).await?;
                 let message = format!("The provider refused the request ({status}): {message}");
                 Ok(Attempt::Over(failed(RunErrorCode::ModelRejected, message)))
             }
@@ -175,6 +177,10 @@ impl Call {
                 Ok(Attempt::Again { message, wait: None })
             }
         }
+    }
+
+    async fn release(&self, reservation: &quota_reservations::Model) -> Result<(), Error> {
+        (|| quota::release(&self.app, reservation.call_id)).retry(patience()).await
     }
 
     /// Passes an answer on to the caller, and settles what it cost whatever becomes of either.
@@ -317,6 +323,17 @@ impl Call {
             tracing::warn!(inside = ?error, call_id = %reservation.call_id, "a reservation was not extended");
         }
     }
+}
+
+/// How a call waits for a database that can't be reached: less than a lease lasts (30 s), after which the run is
+/// another worker's.
+fn patience() -> ExponentialBuilder {
+    ExponentialBuilder::default()
+        .with_jitter()
+        .with_min_delay(Duration::from_millis(50))
+        .with_max_delay(Duration::from_secs(2))
+        .with_total_delay(Some(Duration::from_secs(20)))
+        .without_max_times()
 }
 
 /// What has arrived of an answer, to count it by.

@@ -101,7 +101,7 @@ pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<run
         return Ok(run);
     }
     let frozen = graph::freeze(app, tenant_id, new.agent_id, new.version, new.draft).await?;
-    if quota::unused(app, tenant_id, Some(viewer.key.id)).await? <= 0 {
+    if quota::unused_by(app, viewer).await? <= 0 {
         let message = "Nothing is left of this month's tokens. Raise the limit, or wait for the new month.";
         return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
     }

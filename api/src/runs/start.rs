@@ -164,7 +164,12 @@ impl Start {
     ) -> Result<Self, Error> {
         let id = Uuid::now_v7();
         let agent_name = frozen.root_name().to_owned();
-        let spec = RunSpec { run_id: id, root: new.agent_id, agents: frozen.agents, input: new.input.clone() };
+        let spec = RunSpec {
+            run_id: id,
+            root: new.agent_id,
+            agents: frozen.agents.as_ref().clone(),
+            input: new.input.clone(),
+        };
         let run = runs::Model {
             id,
             tenant_id: viewer.tenant_id(),

@@ -28,6 +28,7 @@ use crate::clock::month_of;
 use crate::error::Error;
 use crate::models::catalog::CatalogModel;
 use crate::tenants::monthly_limit;
+use crate::viewer::TenantViewer;
 
 /// Output that a call with no maximum of its own is expected to stay within.
 pub const DEFAULT_MAX_OUTPUT: i64 = 4_096;
@@ -351,19 +352,20 @@ async fn look(app: &App, origin: &CallOrigin, input: i64, max_output: i64) -> Re
     })
 }
 
+/// Tokens of the month that a caller may still use: the least of its key's and its tenant's, with their limits as they
+/// were when the key was checked.
+pub async fn unused_by(app: &App, viewer: &TenantViewer) -> Result<i64, Error> {
+    let limits = Limits {
+        tenants: HashMap::from([(viewer.tenant_id(), monthly_limit(app, &viewer.tenant)?)]),
+        keys: viewer.key.monthly_token_limit.map(|tokens| (viewer.key.id, tokens)).into_iter().collect(),
+    };
+    limits.unused(app, viewer.tenant_id(), Some(viewer.key.id)).await
+}
+
 /// Tokens of the month that a key may still use: the least of its own and its tenant's.
 pub async fn unused(app: &App, tenant_id: Uuid, key_id: Option<Uuid>) -> Result<i64, Error> {
-    let db = app.db.read();
-    let own = Limits::read(app, db, std::iter::once((tenant_id, key_id))).await?;
-    let limits = own.of_month(tenant_id, key_id, &month_of(app.clock.now()))?;
-    let any = limits.iter().fold(Condition::any(), |any, limit| any.add(limit.counter.condition()));
-    let counters = quota_counters::Entity::across_tenants().filter(any).all(db).await?;
-    let unused = limits.iter().map(|limit| {
-        let used =
-            counters.iter().find(|counter| counter.scope == limit.counter.scope).map_or(0, |counter| counter.used);
-        limit.tokens - used
-    });
-    Ok(unused.min().unwrap_or(0))
+    let limits = Limits::read(app, app.db.read(), std::iter::once((tenant_id, key_id))).await?;
+    limits.unused(app, tenant_id, key_id).await
 }
 
 /// The limits that count each call, in the order in which they are taken.
@@ -426,6 +428,19 @@ impl Limits {
             limits.push(Limit { counter: counter(Scope::Key, key_id), tokens });
         }
         Ok(limits)
+    }
+}
+
+impl Limits {
+    async fn unused(&self, app: &App, tenant_id: Uuid, key_id: Option<Uuid>) -> Result<i64, Error> {
+        let limits = self.of_month(tenant_id, key_id, &month_of(app.clock.now()))?;
+        let any = limits.iter().fold(Condition::any(), |any, limit| any.add(limit.counter.condition()));
+        let counters = quota_counters::Entity::across_tenants().filter(any).all(app.db.read()).await?;
+        let unused = limits.iter().map(|limit| {
+            let counter = counters.iter().find(|counter| counter.scope == limit.counter.scope);
+            limit.tokens - counter.map_or(0, |counter| counter.used)
+        });
+        Ok(unused.min().unwrap_or(0))
     }
 }
 

@@ -103,9 +103,7 @@ async fn a_busy_conversation_rejects_or_is_interrupted_as_asked(app: TestAppBuil
     let first = json!({"agentId": agent, "newConversation": true, "input": "1"});
     let first = granted(try_start(client, first).await)["run"].clone();
     let conversation = first["conversation"]["id"].clone();
-    let next = |input: &str, on_busy: &str| {
-        json!({"agentId": agent, "conversationId": conversation, "input": input, "onBusy": on_busy})
-    };
+    let next = |input: &str, on_busy: &str| json!({"agentId": agent, "conversationId": conversation, "input": input, "onBusy": on_busy});
     stage.model.wait_for_held(1).await;
     let refused = try_start(client, next("refused", "REJECT")).await;
     assert_eq!(refusal(&refused), ("CONFLICT".to_owned(), "conversationId".to_owned()));

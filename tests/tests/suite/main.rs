@@ -23,6 +23,7 @@ mod model_server;
 mod quota;
 mod regressions;
 mod rest;
+mod retention;
 mod runs;
 mod schema;
 mod statements;
