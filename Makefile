@@ -1,6 +1,6 @@
 # What a person types. Everything else is cargo.
 
-.PHONY: run test setup build
+.PHONY: run test bench setup build
 
 # Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
 run:
@@ -13,6 +13,10 @@ test: setup
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo build --workspace
 	cargo test --workspace
+
+# How fast it is, beside its peers: an hour on a quiet machine, into docs/benchmarks.md. QUICK=1 takes minutes.
+bench:
+	@scripts/bench all $(if $(QUICK),--quick)
 
 # What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients.
 setup:

@@ -74,8 +74,13 @@ impl TestAppBuilder {
     }
 
     /// The provider `scripted` and its model [`SCRIPTED_MODEL`], answered by `model`.
-    pub fn model_server(mut self, model: &ModelServer) -> Self {
-        self.model_url = Some(model.url());
+    pub fn model_server(self, model: &ModelServer) -> Self {
+        self.model_url(&model.url())
+    }
+
+    /// The same, answered by whatever speaks OpenAI's API at the base URL `url`.
+    pub fn model_url(mut self, url: &str) -> Self {
+        self.model_url = Some(url.to_owned());
         self
     }
 
@@ -176,6 +181,16 @@ impl TestApp {
     /// The server's WebSocket URL for GraphQL.
     pub fn ws_url(&self) -> String {
         format!("ws://{}/graphql", self.address)
+    }
+
+    /// Where the server listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The server's process id; none while it isn't running.
+    pub fn pid(&self) -> Option<u32> {
+        self.server.as_ref().map(Child::id)
     }
 
     /// A client that has the platform admin's key.

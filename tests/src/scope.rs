@@ -39,6 +39,8 @@ rm -rf "$1"
 pub enum EndBy {
     /// SIGKILL.
     Kill,
+    /// SIGTERM, for a process that ends its own children then.
+    Term,
     /// SIGQUIT: PostgreSQL's immediate shutdown, which takes its own children along.
     Quit,
 }
@@ -81,6 +83,7 @@ impl Scope {
     pub fn adopt(&self, pid: u32, end_by: EndBy) {
         let signal = match end_by {
             EndBy::Kill => "KILL",
+            EndBy::Term => "TERM",
             EndBy::Quit => "QUIT",
         };
         self.tell(&format!("+ {pid} {signal}\n"));
