@@ -3,6 +3,7 @@
 pub mod agents;
 pub mod app;
 pub mod billing;
+pub mod bus;
 pub mod clock;
 pub mod config;
 pub mod conversations;
