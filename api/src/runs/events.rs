@@ -38,9 +38,12 @@ pub enum Event {
 pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Result<Event, Error>> + Send {
     async_stream::try_stream! {
         let _unsubscribe = Unsubscribe { app: app.clone(), run_id: run.id };
-        let mut seen = Seen { cursor: after, answered: answered_before(&app, &run, after).await?, ..Seen::default() };
+        let answered = if after > 0 { answered_before(&app, &run, after).await? } else { 0 };
+        let mut seen = Seen { cursor: after, answered, ..Seen::default() };
+        let mut was_over = false;
         'subscribed: loop {
             let mut subscription = app.live.subscribe(run.id);
+            let cursor = seen.cursor;
             loop {
                 let stored = items_after(&app, &run, seen.cursor, PAGE).await?;
                 let last_page = stored.len() < PAGE as usize;
@@ -53,8 +56,14 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
                     break;
                 }
             }
-            if seen.ended || is_over(&app, &run, seen.cursor).await? {
+            if seen.ended || was_over {
                 break;
+            }
+            // The journal tells of the end, unless the cursor lies behind it, or the items have had their time. What
+            // may have been stored just before the end is looked for once more.
+            was_over = seen.cursor == cursor && is_over(&app, &run).await?;
+            if was_over {
+                continue;
             }
             for delta in subscription.turn.so_far() {
                 for progress in seen.progress(&delta) {
@@ -171,12 +180,11 @@ impl Seen {
     }
 }
 
-/// Whether the run has ended, and nothing of it lies behind the cursor: then no item tells of the end.
-async fn is_over(app: &App, run: &runs::Model, cursor: i64) -> Result<bool, Error> {
+/// Whether the run has ended.
+async fn is_over(app: &App, run: &runs::Model) -> Result<bool, Error> {
     let ended = runs::Entity::in_tenant(run.tenant_id)
         .filter(runs::Column::Id.eq(run.id))
-        .filter(runs::Column::Status.is_in(Status::TERMINAL))
-        .filter(runs::Column::NextSequence.lte(cursor.saturating_add(1)));
+        .filter(runs::Column::Status.is_in(Status::TERMINAL));
     Ok(ended.count(app.db.read()).await? > 0)
 }
 

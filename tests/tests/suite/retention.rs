@@ -6,7 +6,7 @@ use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend};
 use serde_json::json;
 
 use crate::both::on_both;
-use crate::steps::{Stage, run, until};
+use crate::steps::{Stage, events, rest, run, until};
 
 on_both!(old_items_and_records_go_and_totals_stay);
 
@@ -44,6 +44,9 @@ async fn old_items_and_records_go_and_totals_stay(app: TestAppBuilder) {
     until("old rows to go", left, |left| *left == (items - gone, records - 1)).await;
     assert_eq!(stage.client().data(total, json!({})).await, before);
     assert_eq!(run(stage.client(), &old.id()).await["status"], "SUCCEEDED");
+    // Nothing is left to tell of the old run, and nothing to wait for.
+    let mut events = events(stage.client(), &old.id(), 0).await;
+    assert!(rest(&mut events).await.is_empty());
     let items = "query ($id: ID!) { run(id: $id) { items { nodes { sequence } } } }";
     let kept = stage.client().data(items, json!({"id": young.id()})).await;
     assert_eq!(kept["run"]["items"]["nodes"].as_array().unwrap().len(), young.items.len());
