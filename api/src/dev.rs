@@ -57,6 +57,10 @@ pub fn configure(mut config: Config) -> Result<Config, String> {
     // There are no workers apart here: nobody would claim an enterprise tenant's runs.
     let enterprise = config.plans.entry("enterprise".to_owned()).or_insert_with(|| plans::built_in("enterprise"));
     enterprise.isolation.get_or_insert(PlanIsolation::Shared);
+    if config.server.runtime_listen == Config::default().server.runtime_listen {
+        // So it needs no port of its own that another server may have.
+        config.server.runtime_listen.set_port(0);
+    }
     if let Some(key) = openai_key() {
         let openai = config.providers.entry("openai".to_owned()).or_default();
         openai.api_key.get_or_insert(SecretString::from(key));

@@ -13,13 +13,13 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::Error;
 use crate::viewer::{Viewer, credential};
-use crate::{drain, graphql, metrics, runs, usage};
+use crate::{drain, graphql, metrics, runs, runtime, usage};
 
 /// Identifies a request in answers and in the log.
 #[derive(Clone, Debug)]
 pub struct TraceId(pub String);
 
-/// All routes.
+/// All routes for clients.
 pub fn router(app: App) -> Router {
     Router::new()
         .merge(graphql::post::routes())
@@ -30,6 +30,18 @@ pub fn router(app: App) -> Router {
         .route("/metrics", get(metrics::scrape))
         .fallback(not_found)
         .layer(DefaultBodyLimit::max(app.config.server.max_body_bytes))
+        .layer(middleware::from_fn(drain::rest_of_body))
+        .layer(middleware::from_fn(trace))
+        .with_state(app)
+}
+
+/// The routes for workers apart, on a port of their own.
+pub fn runtime_router(app: App) -> Router {
+    Router::new()
+        .nest("/runtime/v1", runtime::http::routes(&app))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .fallback(not_found)
         .layer(middleware::from_fn(drain::rest_of_body))
         .layer(middleware::from_fn(trace))
         .with_state(app)

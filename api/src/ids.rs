@@ -29,6 +29,8 @@ kinds! {
     Conversation = "cnv",
     /// `run_…`
     Run = "run",
+    /// `rtk_…`
+    RuntimeToken = "rtk",
 }
 
 /// The id that a client is given.

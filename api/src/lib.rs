@@ -23,6 +23,7 @@ pub mod money;
 pub mod rate;
 pub mod retention;
 pub mod runs;
+pub mod runtime;
 pub mod secrets;
 pub mod serve;
 pub mod tenants;

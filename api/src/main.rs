@@ -61,7 +61,7 @@ async fn run(command: Command) -> Result<(), String> {
                 // Not through the log: logs are kept, and this is shown once.
                 eprintln!("The platform admin's key, shown this once: {key}");
             }
-            tracing::info!(address = %server.address, "listening");
+            tracing::info!(address = %server.address, runtime_address = %server.runtime_address, "listening");
             server.run().await
         }
         Command::Dev => {

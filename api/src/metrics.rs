@@ -6,6 +6,7 @@ use metrics::{counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
 use cloister_runtime::item::TokenUsage;
+use cloister_runtime::protocol::RefusalCode;
 
 use crate::app::App;
 use crate::bus;
@@ -47,6 +48,7 @@ pub fn install() -> PrometheusHandle {
         describe_counter!("cloister_model_calls_total", "Model calls by what they came to.");
         describe_counter!("cloister_tokens_total", "Tokens charged, by bucket.");
         describe_counter!("cloister_quota_excess_tokens_total", "Tokens charged beyond what their calls had reserved.");
+        describe_counter!("cloister_runtime_refusals_total", "Requests of workers apart that were refused, by code.");
         describe_gauge!("cloister_runs_active", "Runs that this process executes.");
         describe_gauge!("cloister_redis_up", "1 while Redis is connected, 0 while it is away; absent without one.");
         handle
@@ -71,6 +73,11 @@ pub fn model_call(outcome: CallOutcome, usage: Option<&TokenUsage>) {
 /// Counts tokens that were charged beyond a call's reservation.
 pub fn quota_excess(tokens: i64) {
     counter!("cloister_quota_excess_tokens_total").increment(tokens.unsigned_abs());
+}
+
+/// Counts a request of a worker apart that was refused.
+pub fn runtime_refusal(code: RefusalCode) {
+    counter!("cloister_runtime_refusals_total", "code" => code.name()).increment(1);
 }
 
 /// `GET /metrics`, for the platform admin's key: the platform's volume is nobody else's business.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use axum::Router;
+use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
@@ -24,11 +26,14 @@ use crate::{bus, http, keys, models, retention, tenants};
 pub struct Server {
     /// The application.
     pub app: App,
-    /// Where it listens.
+    /// Where it listens for clients.
     pub address: SocketAddr,
+    /// Where it listens for workers apart.
+    pub runtime_address: SocketAddr,
     /// The platform admin's key, if it was made just now.
     pub new_admin_key: Option<String>,
     listener: TcpListener,
+    runtime_listener: TcpListener,
     _lock: ServeLock,
 }
 
@@ -46,14 +51,13 @@ impl Server {
             ));
         }
         // Before the rest: a start that can't listen must leave nothing behind. Who connects already waits.
-        let listen = config.server.listen;
-        let listener = TcpListener::bind(listen).await.map_err(|error| format!("server.listen {listen}: {error}"))?;
-        let address = listener.local_addr().map_err(|error| format!("server.listen {listen}: {error}"))?;
+        let (listener, address) = listen("server.listen", config.server.listen).await?;
+        let (runtime_listener, runtime_address) = listen("server.runtime_listen", config.server.runtime_listen).await?;
         let (app, new_admin_key) = App::new(config, db).await.map_err(inside)?;
         if app.db.is_embedded() {
             take_over(&app).await.map_err(inside)?;
         }
-        Ok(Self { app, address, new_admin_key, listener, _lock: lock })
+        Ok(Self { app, address, runtime_address, new_admin_key, listener, runtime_listener, _lock: lock })
     }
 
     /// Serves until SIGTERM or SIGINT; then finishes what is in flight, hands runs back, and returns.
@@ -69,13 +73,11 @@ impl Server {
             stopping.cancel();
         });
         let grace = Duration::from_secs(app.config.server.shutdown_seconds);
-        let listener = axum::serve::ListenerExt::tap_io(self.listener, |connection| {
-            if let Err(error) = connection.set_nodelay(true) {
-                tracing::debug!(%error, "TCP_NODELAY was not set");
-            }
-        });
-        let serving = axum::serve(listener, http::router(app.clone()))
-            .with_graceful_shutdown(app.stopping.clone().cancelled_owned());
+        let serving = async {
+            let clients = accept(self.listener, http::router(app.clone()), &app);
+            let workers = accept(self.runtime_listener, http::runtime_router(app.clone()), &app);
+            tokio::try_join!(clients, workers).map(|_| ())
+        };
         let drained = async {
             app.stopping.cancelled().await;
             app.tasks.close();
@@ -91,7 +93,7 @@ impl Server {
                 tokio::time::sleep(grace).await;
             };
             tokio::select! {
-                result = serving.into_future() => result.map_err(|error| format!("the server failed: {error}")),
+                result = serving => result.map_err(|error| format!("the server failed: {error}")),
                 () = until => Ok(()),
             }
         };
@@ -106,6 +108,23 @@ impl Server {
             false => served,
         }
     }
+}
+
+async fn listen(field: &str, at: SocketAddr) -> Result<(TcpListener, SocketAddr), String> {
+    let refused = |error: std::io::Error| format!("{field} {at}: {error}");
+    let listener = TcpListener::bind(at).await.map_err(refused)?;
+    let address = listener.local_addr().map_err(refused)?;
+    Ok((listener, address))
+}
+
+/// Answers until the server is to stop, and what is in flight then.
+async fn accept(listener: TcpListener, router: Router, app: &App) -> std::io::Result<()> {
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY was not set");
+        }
+    });
+    axum::serve(listener, router).with_graceful_shutdown(app.stopping.clone().cancelled_owned()).await
 }
 
 fn inside(error: Error) -> String {
@@ -184,6 +203,7 @@ async fn sweep(app: &App) -> Result<(), Error> {
     if !waiting.is_empty() {
         announce(app, &waiting);
     }
+    queue::gather(app).await?;
     ledger::sweep(app, false).await
 }
 

@@ -7,6 +7,7 @@
 pub mod item;
 pub mod journal;
 pub mod model;
+pub mod protocol;
 pub mod recorder;
 pub mod run;
 pub mod spec;

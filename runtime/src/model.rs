@@ -183,4 +183,10 @@ pub enum ModelError {
     /// The lease was lost: another worker has the run, or it was cancelled.
     #[error("the lease on the run was lost")]
     LeaseLost,
+    /// The gateway can't be reached, or its answer broke off. The run goes on with whoever claims it next.
+    #[error("the model gateway is unavailable: {reason}")]
+    Unavailable {
+        /// For the log.
+        reason: String,
+    },
 }

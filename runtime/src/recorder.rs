@@ -64,7 +64,7 @@ impl TurnRecorder {
 
 /// Gives each call of a response the id it has in the journal: the provider's, or ours where
 /// that is empty or was used before in the run (compatible servers repeat them).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct CallIds {
     turn: u32,
     used: HashSet<String>,

@@ -3,7 +3,7 @@
 //! [`state`] says what a run needs next, from its items alone; here that is done and written down, until nothing is
 //! left to do. A run that another worker left off is no special case: its items are folded, and the loop goes on.
 
-mod deltas;
+pub mod deltas;
 mod request;
 mod state;
 mod texts;
@@ -218,6 +218,10 @@ impl InProgress<'_> {
             }
             Err(ModelError::Failed { code, message }) => self.end(Body::failed(code, message)).await,
             Err(ModelError::LeaseLost) => Err(Halt::With(Outcome::LeaseLost)),
+            Err(ModelError::Unavailable { reason }) => {
+                tracing::warn!(turn, %reason, "the model gateway can't be reached; handing the run back");
+                Err(Halt::With(Outcome::HandedBack))
+            }
         }
     }
 
@@ -241,20 +245,16 @@ impl InProgress<'_> {
 
     /// Passes on what the model streams, up to the whole response and whether it is stored already.
     async fn listen(&self, call: ModelCall) -> Result<Result<(ModelResponse, bool), ModelError>, Halt> {
-        let recorder = call.recorder.clone();
-        let mut deltas = Deltas::new(&recorder);
+        let mut deltas = Deltas::new(&call.recorder);
         let mut events = self.model.respond(call);
         while let Some(event) = self.in_time(events.next()).await? {
             match event {
-                Ok(ModelEvent::Text { index, text }) => self.progress(deltas.text(index, text)).await,
-                Ok(ModelEvent::Arguments { index, call_id, name, text }) => {
-                    self.progress(deltas.arguments(index, &call_id, name, text)).await;
-                }
-                Ok(ModelEvent::Restarted) => {
-                    deltas = Deltas::new(&recorder);
-                    self.progress(Progress::Restarted { turn: recorder.turn }).await;
-                }
                 Ok(ModelEvent::Done { response, journaled }) => return Ok(Ok((response, journaled))),
+                Ok(event) => {
+                    if let Some(progress) = deltas.of(event) {
+                        self.progress(progress).await;
+                    }
+                }
                 Err(error) => return Ok(Err(error)),
             }
         }

@@ -10,7 +10,10 @@ use std::time::Duration;
 
 use async_graphql::dataloader::{DataLoader, Loader};
 use async_graphql::{Context, Result};
-use entity::{Shared, TenantOwned, agent_versions, agents, api_keys, conversations, models, prices, run_items, runs};
+use entity::{
+    Shared, TenantOwned, agent_versions, agents, api_keys, conversations, models, prices, run_items, runs,
+    runtime_tokens,
+};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, FuturesUnordered, Stream, StreamExt};
 use futures_util::task::AtomicWaker;
@@ -147,6 +150,8 @@ load_by_id! {
     ConversationId: conversations,
     /// A run.
     RunId: runs,
+    /// A worker's token; revoked ones too.
+    RuntimeTokenId: runtime_tokens,
 }
 
 /// What a run has used, by its id.
@@ -241,6 +246,8 @@ macro_rules! load_pages {
 load_pages! {
     /// A tenant's keys.
     ApiKeysOf: api_keys by TenantId, Id Asc;
+    /// A tenant's workers' tokens.
+    RuntimeTokensOf: runtime_tokens by TenantId, Id Asc;
     /// A tenant's agents.
     AgentsOf: agents by TenantId, Id Asc, agents::Column::DeletedAt.is_null();
     /// An agent's versions, newest first.

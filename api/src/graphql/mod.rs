@@ -26,6 +26,7 @@ use crate::conversations::graphql::{ConversationMutation, ConversationQuery};
 use crate::keys::graphql::{KeyMutation, KeyQuery};
 use crate::models::graphql::ModelQuery;
 use crate::runs::graphql::{RunMutation, RunQuery, RunSubscription};
+use crate::runtime::graphql::RuntimeMutation;
 use crate::tenants::graphql::{TenantMutation, TenantQuery};
 use crate::usage::graphql::{UsageQuery, UsageSubscription};
 use crate::viewer::Viewer;
@@ -49,7 +50,7 @@ pub struct Query(
 
 /// Everything that is changed.
 #[derive(MergedObject, Default)]
-pub struct Mutation(TenantMutation, KeyMutation, AgentMutation, RunMutation, ConversationMutation);
+pub struct Mutation(TenantMutation, KeyMutation, AgentMutation, RunMutation, ConversationMutation, RuntimeMutation);
 
 /// Everything that is told.
 #[derive(MergedSubscription, Default)]

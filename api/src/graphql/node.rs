@@ -3,13 +3,14 @@
 
 use async_graphql::{Context, ID, Interface, Object, Result};
 
-use super::loaders::{AgentId, AgentVersionId, ApiKeyId, ConversationId, RunId, load};
+use super::loaders::{AgentId, AgentVersionId, ApiKeyId, ConversationId, RunId, RuntimeTokenId, load};
 use super::{app, viewer};
 use crate::agents::graphql::{Agent, AgentVersion};
 use crate::conversations::graphql::Conversation;
 use crate::ids;
 use crate::keys::graphql::ApiKey;
 use crate::runs::graphql::Run;
+use crate::runtime::graphql::RuntimeToken;
 use crate::tenants;
 use crate::tenants::graphql::Tenant;
 use crate::viewer::{Scope, Viewer};
@@ -25,6 +26,7 @@ pub enum Node {
     AgentVersion(AgentVersion),
     Conversation(Conversation),
     Run(Run),
+    RuntimeToken(RuntimeToken),
 }
 
 #[derive(Default)]
@@ -64,6 +66,12 @@ impl NodeQuery {
         if let Some(id) = ids::decode(ids::Run, &id) {
             viewer.require_any(&[Scope::Read, Scope::Run])?;
             return Ok(load(ctx, RunId(id)).await?.map(|run| Node::Run(Run(run))));
+        }
+        if let Some(id) = ids::decode(ids::RuntimeToken, &id) {
+            if let Viewer::Tenant(_) = viewer {
+                viewer.require(Scope::Manage)?;
+            }
+            return Ok(load(ctx, RuntimeTokenId(id)).await?.map(|token| Node::RuntimeToken(RuntimeToken(token))));
         }
         Ok(None)
     }

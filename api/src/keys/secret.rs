@@ -1,4 +1,5 @@
-//! The shape of a key: `clo_` + public id (12) + `_` + secret (32) + checksum (6), in base62.
+//! The shape of a key: `clo_` + public id (12) + `_` + secret (32) + checksum (6), in base62. A worker's token has
+//! the same one behind `clr_`.
 //!
 //! The checksum lets a typo, or a scanner for leaked secrets, be told without a database.
 
@@ -7,7 +8,8 @@ use rand::RngExt;
 use crate::secrets::sha256_hex;
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-const PREFIX: &str = "clo_";
+const KEY: &str = "clo_";
+const RUNTIME_TOKEN: &str = "clr_";
 const PUBLIC_ID: usize = 12;
 const SECRET: usize = 32;
 const CHECKSUM: usize = 6;
@@ -24,11 +26,20 @@ pub struct NewKey {
 
 /// Makes a key.
 pub fn generate() -> NewKey {
+    generate_as(KEY)
+}
+
+/// Makes a worker's token.
+pub fn generate_runtime_token() -> NewKey {
+    generate_as(RUNTIME_TOKEN)
+}
+
+fn generate_as(kind: &str) -> NewKey {
     let mut random = rand::rng();
     let mut characters = |count: usize| -> String {
         (0..count).map(|_| char::from(BASE62[random.random_range(0..BASE62.len())])).collect()
     };
-    let prefix = format!("{PREFIX}{}", characters(PUBLIC_ID));
+    let prefix = format!("{kind}{}", characters(PUBLIC_ID));
     let body = format!("{prefix}_{}", characters(SECRET));
     let secret = format!("{body}{}", checksum(&body));
     NewKey { hash: sha256_hex(&secret), prefix, secret }
@@ -36,12 +47,21 @@ pub fn generate() -> NewKey {
 
 /// Whether a text has a key's shape and its checksum is right.
 pub fn is_well_formed(key: &str) -> bool {
-    let length = PREFIX.len() + PUBLIC_ID + 1 + SECRET + CHECKSUM;
-    if key.len() != length || !key.is_ascii() || !key.starts_with(PREFIX) {
+    is_well_formed_as(KEY, key)
+}
+
+/// Whether a text has a worker's token's shape and its checksum is right.
+pub fn is_well_formed_runtime_token(token: &str) -> bool {
+    is_well_formed_as(RUNTIME_TOKEN, token)
+}
+
+fn is_well_formed_as(kind: &str, key: &str) -> bool {
+    let length = kind.len() + PUBLIC_ID + 1 + SECRET + CHECKSUM;
+    if key.len() != length || !key.is_ascii() || !key.starts_with(kind) {
         return false;
     }
     let (body, sum) = key.split_at(length - CHECKSUM);
-    body.as_bytes()[PREFIX.len() + PUBLIC_ID] == b'_' && checksum(body) == sum
+    body.as_bytes()[kind.len() + PUBLIC_ID] == b'_' && checksum(body) == sum
 }
 
 /// CRC-32 (IEEE) of the bytes before it, in base62, padded with `0`.
@@ -71,5 +91,12 @@ mod tests {
         }
         assert!(!is_well_formed(""));
         assert!(!is_well_formed(&key.secret[1..]));
+    }
+
+    #[test]
+    fn a_key_is_no_token_and_a_token_is_no_key() {
+        let (key, token) = (generate().secret, generate_runtime_token().secret);
+        assert!(token.starts_with("clr_") && is_well_formed_runtime_token(&token));
+        assert!(!is_well_formed(&token) && !is_well_formed_runtime_token(&key));
     }
 }

@@ -1,5 +1,6 @@
 //! Runs: started, cancelled, resumed; queued, executed, journaled, watched.
 
+pub mod claimed;
 pub mod events;
 pub mod graphql;
 pub mod items_graphql;

@@ -35,8 +35,13 @@ pub const SHARED: &str = "shared";
 pub fn pool_of(tenant: &tenants::Model) -> Cow<'static, str> {
     match tenant.isolation {
         tenants::Isolation::Shared => SHARED.into(),
-        tenants::Isolation::Dedicated => tenant.id.to_string().into(),
+        tenants::Isolation::Dedicated => own_pool(tenant.id).into(),
     }
+}
+
+/// The pool of a tenant's own workers.
+pub fn own_pool(tenant_id: Uuid) -> String {
+    tenant_id.to_string()
 }
 
 /// Puts a run into its pool's queue.
@@ -161,6 +166,30 @@ pub async fn change_pool(app: &App, tx: &DatabaseTransaction, tenant: &tenants::
         .filter(tenant_queues::Column::Pool.eq(pool.as_ref()))
         .exec(tx)
         .await?;
+    Ok(())
+}
+
+/// Moves what lies in the queue of a pool that its tenant has left: runs that workers of that pool still held when it
+/// left, and that they have given back or lost since.
+pub async fn gather(app: &App) -> Result<(), Error> {
+    // A tenant has had the shared pool and its own, so it has left the one that it isn't in ([`pool_of`]).
+    let left = "EXISTS (SELECT 1 FROM tenant_queues WHERE tenant_queues.tenant_id = tenants.id \
+                AND tenant_queues.next_vtime IS NOT NULL \
+                AND (tenant_queues.pool = 'shared') <> (tenants.isolation = 'shared'))";
+    let tenants = tenants::Entity::across_tenants().filter(Expr::cust(left)).all(app.db.read()).await?;
+    for tenant in tenants {
+        gather_of(app, tenant.id).await?;
+    }
+    Ok(())
+}
+
+async fn gather_of(app: &App, tenant_id: Uuid) -> Result<(), Error> {
+    let tx = app.db.begin().await?;
+    let tenant = tenants::Entity::in_tenant(tenant_id).lock_exclusive().one(&tx).await?;
+    let Some(tenant) = tenant else { return Ok(()) };
+    change_pool(app, &tx, &tenant).await?;
+    tx.commit().await?;
+    app.wakes.wake(&pool_of(&tenant));
     Ok(())
 }
 

@@ -14,12 +14,13 @@ use crate::app::App;
 use crate::billing::graphql::{Invoice, Plan, PlanName};
 use crate::error::{UserError, payload};
 use crate::graphql::limits::list_complexity;
-use crate::graphql::loaders::{AgentsOf, ApiKeysOf, load};
+use crate::graphql::loaders::{AgentsOf, ApiKeysOf, RuntimeTokensOf, load};
 use crate::graphql::page::{Cursor, List, PageArgs};
 use crate::graphql::scalars::{Long, Month};
 use crate::graphql::{app, viewer};
 use crate::ids;
 use crate::keys::graphql::ApiKey;
+use crate::runtime::graphql::RuntimeToken;
 use crate::usage::graphql::Usage;
 use crate::viewer::Scope;
 
@@ -106,6 +107,22 @@ impl Tenant {
         let args = PageArgs::new(first, after, last, before)?;
         let page = load(ctx, ApiKeysOf(self.0.id, args)).await?.unwrap_or_default();
         Ok(page.connection(|key| (Cursor::Id(key.id), ApiKey(key))))
+    }
+
+    /// Tokens of the tenant's own workers. [MANAGE]
+    #[graphql(complexity = "list_complexity(first, last, child_complexity)")]
+    async fn runtime_tokens(
+        &self,
+        ctx: &Context<'_>,
+        first: Option<i32>,
+        after: Option<String>,
+        last: Option<i32>,
+        before: Option<String>,
+    ) -> Result<Connection<Cursor, RuntimeToken>> {
+        viewer(ctx)?.may_see(self.0.id, Scope::Manage)?;
+        let args = PageArgs::new(first, after, last, before)?;
+        let page = load(ctx, RuntimeTokensOf(self.0.id, args)).await?.unwrap_or_default();
+        Ok(page.connection(|token| (Cursor::Id(token.id), RuntimeToken(token))))
     }
 
     /// [READ]

@@ -1,0 +1,146 @@
+//! What is done with a claimed run, whichever worker executes it: one of this process's pool, or one apart.
+
+use chrono::TimeDelta;
+use cloister_runtime::item::{Body, Item, RunErrorCode, Step};
+use cloister_runtime::journal::Journal;
+use cloister_runtime::model::{Model, ModelCall, ModelError, ModelEvent};
+use cloister_runtime::run::transcript;
+use cloister_runtime::spec::{Claim, Lease, RunSpec};
+use entity::{TenantOwned, runs, tenants};
+use futures_util::stream::BoxStream;
+use sea_orm::{ColumnTrait, QueryFilter, QueryOrder};
+use uuid::Uuid;
+
+use super::journal::{DatabaseJournal, items_after, items_of};
+use super::{announce, queue, run_agent_name};
+use crate::agents::graph;
+use crate::app::App;
+use crate::error::Error;
+use crate::models::gateway::{self, JournalWrite};
+use crate::tenants::signing_secrets;
+use crate::usage::quota::CallOrigin;
+
+/// The right to write that a claim gave.
+pub fn lease_of(run: &runs::Model) -> Lease {
+    Lease { run_id: run.id, fence: run.fence }
+}
+
+/// All that the loop needs to begin or to go on.
+pub async fn prepare(app: &App, run: &runs::Model) -> Result<Claim, Error> {
+    let tenant = tenants::Entity::in_tenant(run.tenant_id).one(app.db.read()).await?;
+    let tenant = tenant.ok_or_else(|| Error::internal("a run of a tenant that is gone"))?;
+    let mut spec: RunSpec = serde_json::from_value(run.spec.clone())?;
+    graph::open_tokens(app, tenant.id, &mut spec)?;
+    let items = items_after(app, run, 0, u64::MAX / 2).await?;
+    let mut history = Vec::new();
+    for (earlier, items) in earlier_runs(app, run).await? {
+        history.extend(transcript(&serde_json::from_value(earlier.spec)?, items));
+    }
+    let left = TimeDelta::seconds(i64::from(run.timeout_seconds)) - TimeDelta::milliseconds(run.held_ms);
+    Ok(Claim {
+        lease: Lease { run_id: run.id, fence: run.fence },
+        spec,
+        history,
+        items,
+        deadline: run.claimed_at.unwrap_or(run.created_at) + left,
+        webhook_secrets: signing_secrets(app, &tenant)?,
+    })
+}
+
+/// The runs of the conversation that ended before this one began, with their items.
+async fn earlier_runs(app: &App, run: &runs::Model) -> Result<Vec<(runs::Model, Vec<Item>)>, Error> {
+    let Some(conversation_id) = run.conversation_id else {
+        return Ok(Vec::new());
+    };
+    let earlier = runs::Entity::in_tenant(run.tenant_id)
+        .filter(runs::Column::ConversationId.eq(conversation_id))
+        .filter(runs::Column::Id.lt(run.id))
+        .order_by_asc(runs::Column::Id)
+        .all(app.db.read())
+        .await?;
+    let mut items = items_of(app, run.tenant_id, &earlier).await?;
+    let with_items = earlier.into_iter().map(|run| {
+        let items = items.remove(&run.id).unwrap_or_default();
+        (run, items)
+    });
+    Ok(with_items.collect())
+}
+
+/// What keeps a run from being prepared may pass, as a database that is away does: its lease lapses, and
+/// it is claimed again. What has not passed after several claims won't: the run ends.
+pub async fn retry_or_fail(app: &App, run: &runs::Model, error: &Error) {
+    const CLAIMS: i64 = 5;
+    tracing::error!(run_id = %run.id, inside = ?error, "a run could not be prepared");
+    if run.fence < CLAIMS {
+        return;
+    }
+    let body = Body::failed(RunErrorCode::Internal, "The run could not be executed. Tell us its id.");
+    let step = Step { agent_name: run_agent_name(run).unwrap_or_default(), turn: None, body };
+    if let Err(error) = DatabaseJournal(app.clone()).append(lease_of(run), run.next_sequence, vec![step]).await {
+        tracing::error!(run_id = %run.id, %error, "a run that can't be executed could not be ended");
+    }
+}
+
+/// Lets the next worker have a run at once, unless the lease is lost already.
+pub async fn hand_back(app: &App, lease: Lease) -> Result<(), Error> {
+    let tx = app.db.begin().await?;
+    let waiting = queue::take_back(&tx, queue::Whose::Held(lease.run_id, lease.fence), app.clock.now()).await?;
+    tx.commit().await?;
+    announce(app, &waiting);
+    Ok(())
+}
+
+/// As [`hand_back`], where nobody is to be told of a failure.
+pub async fn try_hand_back(app: &App, lease: Lease) {
+    if let Err(error) = hand_back(app, lease).await {
+        tracing::warn!(run_id = %lease.run_id, inside = ?error, "a run was not handed back; its lease will lapse");
+    }
+}
+
+/// The gateway as one run sees it, and whom the run's calls are charged to: that comes from the run's row, never from
+/// its worker.
+pub struct GatewayModel {
+    app: App,
+    tenant_id: Uuid,
+    key_id: Option<Uuid>,
+    run_limit: Option<i64>,
+    root: Uuid,
+}
+
+impl GatewayModel {
+    /// For this run's calls.
+    pub fn new(app: &App, run: &runs::Model) -> Self {
+        Self {
+            app: app.clone(),
+            tenant_id: run.tenant_id,
+            key_id: run.api_key_id,
+            run_limit: run.max_tokens,
+            root: run.agent_id,
+        }
+    }
+}
+
+impl Model for GatewayModel {
+    fn respond(&self, call: ModelCall) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
+        let Some(model) = self.app.catalog.get(&call.request.model) else {
+            let message = format!("The model {:?} is no longer in the catalogue.", call.request.model);
+            let code = RunErrorCode::ModelUnavailable;
+            return Box::pin(futures_util::stream::iter([Err(ModelError::Failed { code, message })]));
+        };
+        let (root, agent) = (self.root, call.agent_id);
+        let path = if root == agent { root.to_string() } else { format!("{root}/{agent}") };
+        let origin = CallOrigin {
+            tenant_id: self.tenant_id,
+            key_id: self.key_id,
+            run_id: Some(call.lease.run_id),
+            run_limit: self.run_limit,
+            turn: i32::try_from(call.turn).ok(),
+            agent_id: Some(agent),
+            agent_version: call.agent_version,
+            agent_path: Some(path),
+            model,
+        };
+        let journal = JournalWrite { lease: call.lease, recorder: call.recorder };
+        gateway::call(&self.app, origin, call.request, Some(journal))
+    }
+}

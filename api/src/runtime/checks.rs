@@ -1,0 +1,116 @@
+//! What a worker may have written down: the outputs of its tools, a handoff that its agent has, and the run's end.
+
+use std::collections::HashSet;
+
+use cloister_runtime::item::{Body, RunStatus, Step};
+use cloister_runtime::protocol::{MAX_ITEM_BYTES, MAX_ITEMS, RefusalCode};
+use cloister_runtime::spec::RunSpec;
+use entity::{TenantOwned, run_items, runs};
+use sea_orm::{ColumnTrait, QueryFilter, QueryOrder};
+
+use super::refused::Refused;
+use crate::app::App;
+use crate::runs::journal::from_row;
+
+/// Refuses what is too much, before anything of it is looked at.
+pub fn size(steps: &[Step]) -> Result<(), Refused> {
+    if steps.is_empty() {
+        return Err(Refused::invalid("An append needs an item."));
+    }
+    let is_too_large = |step: &Step| texts(step).map(str::len).sum::<usize>() > MAX_ITEM_BYTES;
+    if steps.len() > MAX_ITEMS || steps.iter().any(is_too_large) {
+        let message = format!("An append may have {MAX_ITEMS} items, an item {MAX_ITEM_BYTES} bytes of text.");
+        return Err(Refused::new(RefusalCode::TooLarge, message));
+    }
+    // PostgreSQL can't store it.
+    if steps.iter().flat_map(texts).any(|text| text.contains('\0')) {
+        return Err(Refused::invalid("An item must not contain the NUL character."));
+    }
+    Ok(())
+}
+
+fn texts(step: &Step) -> impl Iterator<Item = &str> {
+    let [a, b] = match &step.body {
+        Body::ToolOutput { call_id, output, .. } => [Some(call_id), Some(output)],
+        Body::Handoff { call_id, output, .. } => [Some(call_id), Some(output)],
+        Body::Status { error, output, .. } => [error.as_ref().map(|error| &error.message), output.as_ref()],
+        Body::Message { text, .. } | Body::Reasoning { text, .. } => [Some(text), None],
+        Body::ToolCall { name, arguments, .. } => [Some(name), Some(arguments)],
+        Body::Usage { model, .. } => [Some(model), None],
+    };
+    [Some(&step.agent_name), a, b].into_iter().flatten().map(String::as_str)
+}
+
+/// Refuses items that a worker's run can't have come to.
+pub async fn steps(app: &App, run: &runs::Model, steps: &[Step]) -> Result<(), Refused> {
+    let spec: RunSpec = serde_json::from_value(run.spec.clone())?;
+    let answers = |step: &Step| matches!(step.body, Body::ToolOutput { .. } | Body::Handoff { .. });
+    let mut open = if steps.iter().any(answers) { open_calls(app, run).await? } else { HashSet::new() };
+    for (at, step) in steps.iter().enumerate() {
+        let is_last = at + 1 == steps.len();
+        if !spec.agents.values().any(|agent| agent.name == step.agent_name) {
+            return Err(Refused::invalid("An item's agent is none of the run's."));
+        }
+        match &step.body {
+            Body::ToolOutput { call_id, .. } => answer(run, step, &mut open, call_id)?,
+            Body::Handoff { call_id, to_agent_id, to_agent_name, .. } => {
+                answer(run, step, &mut open, call_id)?;
+                let agent = spec.agents.get(&run.current_agent_id);
+                let offered = agent.is_some_and(|agent| agent.handoffs.iter().any(|to| to.agent_id == *to_agent_id));
+                let to = spec.agents.get(to_agent_id).filter(|to| offered && to.name == *to_agent_name);
+                if to.is_none() || !is_last {
+                    return Err(Refused::invalid("The agent has no such handoff."));
+                }
+            }
+            Body::Status { .. } if is_last && step.turn.is_none() => status(&step.body)?,
+            Body::Status { .. } => return Err(Refused::invalid("A change of state comes last, outside a turn.")),
+            Body::Message { .. } | Body::Reasoning { .. } | Body::ToolCall { .. } | Body::Usage { .. } => {
+                return Err(Refused::invalid("What a model answered is stored with its charge, and not by workers."));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An output answers an open call of the turn whose response is stored, once.
+fn answer(run: &runs::Model, step: &Step, open: &mut HashSet<String>, call_id: &str) -> Result<(), Refused> {
+    if step.turn.and_then(|turn| i32::try_from(turn).ok()) != Some(run.turns) {
+        return Err(Refused::invalid(format!("The run's calls are of turn {}.", run.turns)));
+    }
+    if !open.remove(call_id) {
+        return Err(Refused::invalid("An output answers no open call."));
+    }
+    Ok(())
+}
+
+/// The states into which a worker moves its run.
+fn status(body: &Body) -> Result<(), Refused> {
+    let Body::Status { status, error, output } = body else { return Ok(()) };
+    let fits = match status {
+        RunStatus::Succeeded => error.is_none() && output.is_some(),
+        RunStatus::Failed => error.is_some() && output.is_none(),
+        RunStatus::PausedQuota => error.is_none() && output.is_none(),
+        RunStatus::Queued | RunStatus::Running | RunStatus::WaitingApproval | RunStatus::Cancelled => false,
+    };
+    if fits { Ok(()) } else { Err(Refused::invalid("This change of state is not a worker's to make.")) }
+}
+
+/// The calls of the run that have no output.
+async fn open_calls(app: &App, run: &runs::Model) -> Result<HashSet<String>, Refused> {
+    let rows = run_items::Entity::in_tenant(run.tenant_id)
+        .filter(run_items::Column::RunId.eq(run.id))
+        .filter(run_items::Column::RunCreatedAt.eq(run.created_at))
+        .filter(run_items::Column::Kind.is_in(["tool_call", "tool_output", "handoff"]))
+        .order_by_asc(run_items::Column::Sequence)
+        .all(app.db.read())
+        .await?;
+    let mut open = HashSet::new();
+    for row in rows {
+        match from_row(row)?.step.body {
+            Body::ToolCall { call_id, .. } => drop(open.insert(call_id)),
+            Body::ToolOutput { call_id, .. } | Body::Handoff { call_id, .. } => drop(open.remove(&call_id)),
+            _ => {}
+        }
+    }
+    Ok(open)
+}
