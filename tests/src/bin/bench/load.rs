@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use tokio::task::JoinSet;
 
+use crate::cpu;
 use crate::wire::{Answer, Connection};
 
 /// What a measured stretch of load gave.
@@ -14,6 +15,8 @@ pub struct Load {
     pub rate: f64,
     /// Their times, in microseconds.
     pub latency: Histogram<u64>,
+    /// Processor time of all that was measured for each, in milliseconds.
+    pub cpu: f64,
 }
 
 /// An empty histogram of microseconds, to three digits.
@@ -31,7 +34,8 @@ pub fn milliseconds(histogram: &Histogram<u64>, quantile: f64) -> f64 {
     histogram.value_at_quantile(quantile) as f64 / 1000.0
 }
 
-/// Sends `request` from `clients` connections for `warm_up` and then, measured, for `duration`.
+/// Sends `request` from `clients` connections for `warm_up` and then, measured, for `duration`. The processor time of
+/// the process `apart` does not count.
 ///
 /// # Panics
 /// An answer is other than 200: there is nothing to measure then.
@@ -39,8 +43,8 @@ pub async fn closed_loop(
     address: SocketAddr,
     request: &[u8],
     clients: usize,
-    warm_up: Duration,
-    duration: Duration,
+    (warm_up, duration): (Duration, Duration),
+    apart: u32,
 ) -> Load {
     let begin = Instant::now() + warm_up;
     let end = begin + duration;
@@ -63,11 +67,16 @@ pub async fn closed_loop(
             }
         });
     }
+    tokio::time::sleep_until(begin.into()).await;
+    let used = cpu::of_stack(apart);
+    tokio::time::sleep_until(end.into()).await;
+    let used = cpu::of_stack(apart).saturating_sub(used);
     let mut latency = histogram();
     while let Some(part) = tasks.join_next().await {
         latency.add(part.expect("a client does not panic")).expect("histograms of the same bounds");
     }
-    Load { rate: latency.len() as f64 / duration.as_secs_f64(), latency }
+    let answers = latency.len() as f64;
+    Load { rate: answers / duration.as_secs_f64(), latency, cpu: used as f64 / answers }
 }
 
 /// The body of an answer that must be 200.

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod cpu;
 mod first_token;
 mod load;
 mod model;

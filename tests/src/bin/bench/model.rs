@@ -53,6 +53,11 @@ impl Model {
         Model { child, address }
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// The base URL a client is given.
     pub fn url(&self) -> String {
         format!("http://{}/v1", self.address)

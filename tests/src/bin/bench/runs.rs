@@ -31,20 +31,27 @@ async fn against_peer(results: &Results, database: Database) {
             ours.push(platform(results, database).await);
         }
     }
-    let rates = |loads: &[Load]| loads.iter().map(|load| load.rate).collect::<Vec<_>>();
-    let p99 = |loads: &[Load]| median(&loads.iter().map(|load| milliseconds(&load.latency, 0.99)).collect::<Vec<_>>());
+    let each = |loads: &[Load], figure: fn(&Load) -> f64| loads.iter().map(figure).collect::<Vec<_>>();
+    let middle = |loads: &[Load], figure: fn(&Load) -> f64| shown(median(&each(loads, figure)));
+    let p99 = |load: &Load| milliseconds(&load.latency, 0.99);
     let ratios: Vec<f64> = ours.iter().zip(&theirs).map(|(ours, theirs)| ours.rate / theirs.rate).collect();
     let (low, high) = range(&ratios);
     results.add(
         Row::new("runs")
             .cell("Database", database.name())
-            .cell("Cloister, runs/s", shown(median(&rates(&ours))))
-            .cell("p99, ms", shown(p99(&ours)))
-            .cell("Peer, runs/s", shown(median(&rates(&theirs))))
-            .cell("Peer's p99, ms", shown(p99(&theirs)))
+            .cell("Cloister, runs/s", middle(&ours, |load| load.rate))
+            .cell("p99, ms", middle(&ours, p99))
+            .cell("Processor a run, ms", middle(&ours, |load| load.cpu))
+            .cell("Peer, runs/s", middle(&theirs, |load| load.rate))
+            .cell("Peer's p99, ms", middle(&theirs, p99))
+            .cell("Its processor a run, ms", middle(&theirs, |load| load.cpu))
             .cell("Ratio", format!("{}× ({} to {})", shown(median(&ratios)), shown(low), shown(high)))
             .cell("Goal", "20×")
-            .figures(json!({"cloister": rates(&ours), "peer": rates(&theirs), "ratios": ratios})),
+            .figures(json!({
+                "cloister": each(&ours, |load| load.rate), "cloister_cpu": each(&ours, |load| load.cpu),
+                "peer": each(&theirs, |load| load.rate), "peer_cpu": each(&theirs, |load| load.cpu),
+                "ratios": ratios,
+            })),
     );
 }
 
@@ -78,8 +85,8 @@ pub async fn writers(results: &Results) {
 async fn platform(results: &Results, database: Database) -> Load {
     let model = Model::start();
     let platform = Platform::start(database, &model).await;
-    let (warm_up, duration) = stretch(results);
-    let load = closed_loop(platform.address(), &platform.run_request("Hello"), CLIENTS, warm_up, duration).await;
+    let request = platform.run_request("Hello");
+    let load = closed_loop(platform.address(), &request, CLIENTS, stretch(results), model.pid()).await;
     platform.check_log();
     load
 }
@@ -87,8 +94,7 @@ async fn platform(results: &Results, database: Database) -> Load {
 async fn article(results: &Results, database: Database) -> Load {
     let model = Model::start();
     let article = Article::start(database, &model).await;
-    let (warm_up, duration) = stretch(results);
-    closed_loop(article.address(), &article.run_request("Hello"), CLIENTS, warm_up, duration).await
+    closed_loop(article.address(), &article.run_request("Hello"), CLIENTS, stretch(results), model.pid()).await
 }
 
 /// Warm-up and measured time.
