@@ -14,7 +14,7 @@ test: setup
 	cargo build --workspace
 	cargo test --workspace
 
-# How fast it is, beside its peers: an hour on a quiet machine, into docs/benchmarks.md. QUICK=1 takes minutes.
+# How fast it is, beside its peers: half an hour on a quiet machine, into docs/benchmarks.md. QUICK=1 takes minutes.
 bench:
 	@scripts/bench all $(if $(QUICK),--quick)
 

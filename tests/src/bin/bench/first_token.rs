@@ -30,7 +30,10 @@ const WARM_UP: usize = 3;
 const MESSAGE: &str = "Hello wait=200 deltas=4 gap=20 ";
 
 const EVENTS: &str = "subscription ($run: ID!) {
-    runEvents(runId: $run) { ... on TextDelta { offset text } ... on RunItemAdded { item { ... on StatusItem { status } } } }
+    runEvents(runId: $run) {
+        ... on TextDelta { offset text }
+        ... on RunItemAdded { item { ... on StatusItem { status } } }
+    }
 }";
 
 /// Times of many streams, in microseconds.
@@ -72,7 +75,7 @@ impl Times {
         }
     }
 
-    /// How many first and later tokens took from 35 to 50 ms: where Nagle's algorithm and delayed acknowledgements meet.
+    /// Tokens that took from 35 to 50 ms: where Nagle's algorithm and delayed acknowledgements meet.
     fn near_40_ms(&self) -> u64 {
         [&self.back, &self.later].iter().map(|times| times.count_between(35_000, 50_000)).sum()
     }

@@ -28,6 +28,9 @@ use tokio::net::TcpListener;
 const PROMPT_TOKENS: u32 = 20;
 const COMPLETION_TOKENS: u32 = 10;
 
+/// What every chunk of a stream begins with.
+const CHUNK: &str = r#""id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"scripted-1""#;
+
 /// Nanoseconds since 1970. All processes of a measurement share the machine's clock.
 #[expect(clippy::disallowed_methods, reason = "there is no App here, and the clock must be other processes' too")]
 pub fn now() -> u64 {
@@ -144,10 +147,11 @@ impl Pace {
 }
 
 fn completion(arrived: u64) -> String {
+    let (sent, usage) = (now(), usage());
     format!(
-        r#"{{"id":"chatcmpl-1","object":"chat.completion","created":1700000000,"model":"scripted-1","choices":[{{"index":0,"message":{{"role":"assistant","content":"{arrived} {}","refusal":null}},"logprobs":null,"finish_reason":"stop"}}],"usage":{}}}"#,
-        now(),
-        usage()
+        "{{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1700000000,\"model\":\"scripted-1\",\
+         \"choices\":[{{\"index\":0,\"message\":{{\"role\":\"assistant\",\"content\":\"{arrived} {sent}\",\
+         \"refusal\":null}},\"logprobs\":null,\"finish_reason\":\"stop\"}}],\"usage\":{usage}}}"
     )
 }
 
@@ -157,17 +161,12 @@ fn delta(text: &str) -> String {
 
 /// The last pieces: why it ends, what it used, and that it is over.
 fn ending() -> String {
-    let usage = format!(
-        r#"data: {{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"scripted-1","choices":[],"usage":{}}}"#,
-        usage()
-    );
-    format!("{}{usage}\n\ndata: [DONE]\n\n", chunk("{}", r#""stop""#))
+    format!("{}data: {{{CHUNK},\"choices\":[],\"usage\":{}}}\n\ndata: [DONE]\n\n", chunk("{}", r#""stop""#), usage())
 }
 
 fn chunk(delta: &str, finish_reason: &str) -> String {
     format!(
-        "data: {{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":1700000000,\
-         \"model\":\"scripted-1\",\"choices\":[{{\"index\":0,\"delta\":{delta},\"finish_reason\":{finish_reason}}}],\
+        "data: {{{CHUNK},\"choices\":[{{\"index\":0,\"delta\":{delta},\"finish_reason\":{finish_reason}}}],\
          \"usage\":null}}\n\n"
     )
 }
@@ -175,6 +174,7 @@ fn chunk(delta: &str, finish_reason: &str) -> String {
 fn usage() -> String {
     let total = PROMPT_TOKENS + COMPLETION_TOKENS;
     format!(
-        r#"{{"prompt_tokens":{PROMPT_TOKENS},"completion_tokens":{COMPLETION_TOKENS},"total_tokens":{total},"prompt_tokens_details":{{"cached_tokens":0}},"completion_tokens_details":{{"reasoning_tokens":0}}}}"#
+        "{{\"prompt_tokens\":{PROMPT_TOKENS},\"completion_tokens\":{COMPLETION_TOKENS},\"total_tokens\":{total},\
+         \"prompt_tokens_details\":{{\"cached_tokens\":0}},\"completion_tokens_details\":{{\"reasoning_tokens\":0}}}}"
     )
 }
