@@ -11,12 +11,14 @@ use tokio_util::task::TaskTracker;
 use crate::agents::graph::Closures;
 use crate::batch::Batch;
 use crate::billing::plans::{self, Plans};
+use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::db::Db;
 use crate::error::Error;
 use crate::graphql::Schema;
-use crate::keys::{self, KeyRing};
+use crate::keys::ring::KeyRing;
+use crate::keys::{self, authority};
 use crate::metrics;
 use crate::models::catalog::{self, Catalog};
 use crate::rate::RateLimits;
@@ -53,7 +55,9 @@ pub struct Parts {
     pub catalog: Catalog,
     /// What published agents reach.
     pub closures: Closures,
-    /// Keys: the admin's, uses to be written, changes of authority.
+    /// The way to other replicas.
+    pub bus: Bus,
+    /// Keys: the admin's, those in use, uses to be written, changes of authority.
     pub keys: KeyRing,
     /// Rate limits.
     pub rates: RateLimits,
@@ -116,6 +120,8 @@ impl App {
         let plans = plans::sync(&tx, &config, now).await?;
         let catalog = catalog::sync(&tx, &config, now).await?;
         tx.commit().await?;
+        let epoch = authority::epoch(db.read()).await?;
+        let bus = Bus::new(&config.redis, &db).await?;
         // Last of all that may fail: a key that was made must be shown.
         let (admin_hash, new_admin_key) = keys::admin_key(&db, &config.admin, now).await?;
         let parts = Parts {
@@ -123,12 +129,13 @@ impl App {
             plans,
             catalog,
             closures: Closures::new(CLOSURES),
-            keys: KeyRing::new(admin_hash),
+            keys: KeyRing::new(admin_hash, epoch, db.is_embedded()),
             rates: RateLimits::default(),
             releases: Releases::default(),
-            live: Live::default(),
-            changes: Changes::default(),
-            wakes: Wakes::default(),
+            live: Live::new(bus.clone()),
+            changes: Changes::new(bus.clone()),
+            wakes: Wakes::new(bus.clone()),
+            bus,
             pool: Pool::new(config.runs.concurrency),
             webhooks,
             schema: crate::graphql::schema(&config.graphql),

@@ -61,7 +61,7 @@ async fn healthz() -> &'static str {
     "ok"
 }
 
-/// The process can do its work: the database answers, and its schema is up to date.
+/// The process can do its work: the database answers, and its schema is up to date. Redis it can do without.
 async fn readyz(State(app): State<App>) -> Response {
     let (status, database) = match app.db.pending_migrations().await {
         Ok(pending) if pending.is_empty() => (StatusCode::OK, "ok".to_owned()),
@@ -72,7 +72,12 @@ async fn readyz(State(app): State<App>) -> Response {
         }
     };
     let status = if app.stopping.is_cancelled() { StatusCode::SERVICE_UNAVAILABLE } else { status };
-    let detail = json!({ "ready": status.is_success(), "database": database, "stopping": app.stopping.is_cancelled() });
+    let detail = json!({
+        "ready": status.is_success(),
+        "database": database,
+        "redis": app.bus.state().detail(),
+        "stopping": app.stopping.is_cancelled(),
+    });
     (status, Json(detail)).into_response()
 }
 
@@ -116,7 +121,7 @@ impl IntoResponse for RestError {
 /// Lets a caller of a REST route in: its key, then its rate. Returns the headers that every answer carries.
 pub async fn admit(app: &App, headers: &HeaderMap) -> Result<(Viewer, HeaderMap), RestError> {
     let viewer = app.authenticate(credential(headers)).await?;
-    let admission = app.admit(&viewer);
+    let admission = app.admit(&viewer).await;
     if !admission.allowed {
         return Err(Error::RateLimited(admission).into());
     }

@@ -4,6 +4,7 @@ pub mod agents;
 pub mod app;
 pub mod batch;
 pub mod billing;
+pub mod bus;
 pub mod clock;
 pub mod config;
 pub mod conversations;

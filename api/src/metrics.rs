@@ -8,6 +8,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use cloister_runtime::item::TokenUsage;
 
 use crate::app::App;
+use crate::bus;
 use crate::http::RestError;
 use crate::viewer::credential;
 
@@ -47,6 +48,7 @@ pub fn install() -> PrometheusHandle {
         describe_counter!("cloister_tokens_total", "Tokens charged, by bucket.");
         describe_counter!("cloister_quota_excess_tokens_total", "Tokens charged beyond what their calls had reserved.");
         describe_gauge!("cloister_runs_active", "Runs that this process executes.");
+        describe_gauge!("cloister_redis_up", "1 while Redis is connected, 0 while it is away; absent without one.");
         handle
     });
     handle.clone()
@@ -75,5 +77,9 @@ pub fn quota_excess(tokens: i64) {
 pub async fn scrape(State(app): State<App>, headers: HeaderMap) -> Result<String, RestError> {
     app.authenticate(credential(&headers)).await?.require_admin()?;
     gauge!("cloister_runs_active").set(app.pool.active() as f64);
+    match app.bus.state() {
+        bus::State::Off => {}
+        state => gauge!("cloister_redis_up").set(f64::from(u8::from(state == bus::State::Up))),
+    }
     Ok(app.metrics.render())
 }

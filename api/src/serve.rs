@@ -14,9 +14,11 @@ use crate::app::App;
 use crate::config::Config;
 use crate::db::{Db, ServeLock};
 use crate::error::Error;
-use crate::runs::{announce, pool, queue};
+use crate::keys::authority;
+use crate::runs::{announce, live, pool, queue};
+use crate::tenants::changes;
 use crate::usage::ledger;
-use crate::{http, keys, models, retention, tenants};
+use crate::{bus, http, keys, models, retention, tenants};
 
 /// A server that is up.
 pub struct Server {
@@ -94,6 +96,7 @@ impl Server {
             }
         };
         let ((), served) = tokio::join!(drained, serving);
+        app.bus.flush().await;
         if let Err(error) = keys::write_last_used(&app).await {
             tracing::warn!(inside = ?error, "last uses of keys were not written");
         }
@@ -144,6 +147,14 @@ fn supervise(app: &App, mut tasks: JoinSet<()>) -> Arc<AtomicBool> {
 fn background(app: &App) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     tasks.spawn(pool::work(app.clone()));
+    tasks.spawn(bus::link::keep(app.clone()));
+    tasks.spawn(authority::watch(app.clone()));
+    if !app.db.is_embedded() {
+        tasks.spawn(changes::poll(app.clone()));
+        every(&mut tasks, app, Duration::from_secs(1), "following other replicas' runs", |app| async move {
+            live::follow_journals(&app).await
+        });
+    }
     let deletions = app.clone();
     tasks.spawn(async move {
         if let Err(error) = tenants::finish_deletions(&deletions).await {

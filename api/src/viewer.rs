@@ -158,22 +158,15 @@ impl App {
         if self.keys.is_admin(key) {
             return Ok(Viewer::PlatformAdmin);
         }
-        let (tenant, key, until) = crate::keys::verify(self, key).await?;
-        if tenant.status != tenants::Status::Active {
-            return Err(Error::Suspended);
-        }
-        self.keys.used(&key, self.clock.now());
-        let plan = self.plans.get(&tenant.plan)?;
-        let scopes = Scope::split(&key.scopes);
-        Ok(Viewer::Tenant(Arc::new(TenantViewer { tenant, plan, key, scopes, expires_at: until })))
+        Ok(Viewer::Tenant(crate::keys::verify(self, key).await?))
     }
 
     /// Takes one request of the caller's allowance. The platform admin has no limit.
-    pub fn admit(&self, viewer: &Viewer) -> Admission {
+    pub async fn admit(&self, viewer: &Viewer) -> Admission {
         match viewer {
             Viewer::Tenant(viewer) => {
                 let per_minute = u32::try_from(viewer.plan.requests_per_minute).unwrap_or(1);
-                self.rates.admit(viewer.tenant_id(), per_minute)
+                self.rates.admit(&self.bus, viewer.tenant_id(), per_minute).await
             }
             Viewer::PlatformAdmin => Admission::UNLIMITED,
         }
@@ -182,6 +175,6 @@ impl App {
     /// Names a tenant whenever it, or a key of it, may have lost a right: whoever holds a connection open for it
     /// asks again then.
     pub fn authority_changes(&self) -> tokio::sync::broadcast::Receiver<Uuid> {
-        self.keys.authority.subscribe()
+        self.keys.changes()
     }
 }

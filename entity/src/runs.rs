@@ -2,10 +2,12 @@
 
 use sea_orm::entity::prelude::*;
 use sea_orm::{Iterable, QuerySelect};
+use serde::{Deserialize, Serialize};
 
 /// Where a run stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EnumIter, DeriveActiveEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EnumIter, DeriveActiveEnum, Serialize, Deserialize)]
 #[sea_orm(rs_type = "String", db_type = "Text", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum Status {
     /// Waits for a worker, or for the conversation's earlier run.
     Queued,
@@ -30,9 +32,9 @@ impl Status {
     pub const UNFINISHED: [Status; 4] = [Status::Queued, Status::Running, Status::WaitingApproval, Status::PausedQuota];
 }
 
-/// A run.
+/// A run. As JSON, which replicas tell each other of its changes in, it has no `spec`.
 #[sea_orm::model]
-#[derive(Clone, Debug, PartialEq, DeriveEntityModel)]
+#[derive(Clone, Debug, PartialEq, DeriveEntityModel, Serialize, Deserialize)]
 #[sea_orm(table_name = "runs")]
 pub struct Model {
     /// UUIDv7.
@@ -67,6 +69,7 @@ pub struct Model {
     /// Seconds that workers may hold it until it fails as TIMEOUT.
     pub timeout_seconds: i32,
     /// The runtime's `RunSpec`, frozen at the start; tokens in it are sealed.
+    #[serde(skip)]
     pub spec: Json,
     /// The caller's key against starting twice, unique in the tenant.
     pub idempotency_key: Option<String>,

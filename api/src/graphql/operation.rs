@@ -158,8 +158,8 @@ impl Session {
     ///
     /// # Errors
     /// Too many requests a minute, or too many connections at once.
-    pub fn hold_open(&self) -> Result<Option<OpenStream>, Error> {
-        let admission = self.app.admit(&self.viewer);
+    pub async fn hold_open(&self) -> Result<Option<OpenStream>, Error> {
+        let admission = self.app.admit(&self.viewer).await;
         if !admission.allowed {
             return Err(Error::RateLimited(admission));
         }

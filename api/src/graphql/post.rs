@@ -54,7 +54,7 @@ async fn answer(
     headers: &mut HeaderMap,
 ) -> Result<Response, Error> {
     let session = Session::open(app.clone(), credential(request.headers())).await?;
-    let admission = app.admit(session.viewer());
+    let admission = app.admit(session.viewer()).await;
     admission.apply(headers);
     if !admission.allowed {
         return Err(Error::RateLimited(admission));

@@ -25,7 +25,7 @@ use super::operation::{ExecutionResult, Parameters, Session, execute, json};
 use crate::app::App;
 use crate::error::Error;
 use crate::http::TraceId;
-use crate::rate::OpenStream;
+use crate::rate::{Admission, OpenStream};
 use crate::viewer::{Viewer, credential};
 
 const PROTOCOL: &str = "graphql-transport-ws";
@@ -252,7 +252,7 @@ async fn initialise(
         (None, Some(session)) => session,
         (key, _) => Session::open(app.clone(), key).await.map_err(|error| End::refused(&error))?,
     };
-    let held = session.hold_open().map_err(|error| End::close(4429, error.to_string()))?;
+    let held = session.hold_open().await.map_err(|error| End::close(4429, error.to_string()))?;
     send(outgoing, ServerMessage::ConnectionAck).await?;
     Ok((session, held))
 }
@@ -358,7 +358,11 @@ impl Connection {
                 },
                 message = read(source), if free => {
                     silent_pings = 0;
-                    message.and_then(|message| message.map_or(Ok(()), |message| self.receive(message)))
+                    match message {
+                        Ok(Some(message)) => self.receive(message).await,
+                        Ok(None) => Ok(()),
+                        Err(end) => Err(end),
+                    }
                 }
                 Some(event) = self.operations.next(), if free && !self.operations.is_empty() => self.emit(event),
             };
@@ -385,12 +389,12 @@ impl Connection {
         Ok(())
     }
 
-    fn receive(&mut self, message: ClientMessage) -> Result<(), End> {
+    async fn receive(&mut self, message: ClientMessage) -> Result<(), End> {
         match message {
             ClientMessage::ConnectionInit { .. } => Err(End::close(4429, "Too many initialisation requests")),
             ClientMessage::Ping { payload } => self.queue(ServerMessage::Pong { payload }.into()),
             ClientMessage::Pong {} => Ok(()),
-            ClientMessage::Subscribe { id, payload } => self.subscribe(id, payload),
+            ClientMessage::Subscribe { id, payload } => self.subscribe(id, payload).await,
             ClientMessage::Complete { id } => {
                 if let Some(operation) = self.active.remove(&id) {
                     operation.abort();
@@ -400,7 +404,7 @@ impl Connection {
         }
     }
 
-    fn subscribe(&mut self, id: String, payload: Value) -> Result<(), End> {
+    async fn subscribe(&mut self, id: String, payload: Value) -> Result<(), End> {
         if id.is_empty() {
             return Err(End::invalid("Invalid message: the id is empty"));
         }
@@ -408,7 +412,8 @@ impl Connection {
             return Err(End::close(4409, format!("Subscriber for {id} already exists")));
         }
         let parameters = Parameters::from_json(payload).map_err(End::invalid)?;
-        if let Err(error) = self.admit() {
+        let admission = self.app.admit(&self.viewer).await;
+        if let Err(error) = self.check(admission) {
             let errors = [error.to_graphql(&self.trace.0)];
             return self.queue(ServerMessage::Error { id: &id, payload: &errors }.into());
         }
@@ -420,8 +425,7 @@ impl Connection {
     }
 
     /// Whether another operation may begin. Each counts as a request.
-    fn admit(&self) -> Result<(), Error> {
-        let admission = self.app.admit(&self.viewer);
+    fn check(&self, admission: Admission) -> Result<(), Error> {
         if !admission.allowed {
             return Err(Error::RateLimited(admission));
         }

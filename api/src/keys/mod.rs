@@ -1,16 +1,17 @@
 //! API keys: made, changed, rotated, revoked, and checked at the door.
 
+pub mod authority;
 pub mod graphql;
+pub mod ring;
 pub mod secret;
 
+use std::sync::Arc;
+
 use chrono::{DateTime, TimeDelta, Utc};
-use dashmap::DashMap;
 use entity::{Shared, TenantOwned, admin_keys, api_keys, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, ColumnTrait, Condition, EntityTrait, IntoActiveModel, PaginatorTrait, QueryFilter};
 use secrecy::ExposeSecret;
-use subtle::ConstantTimeEq;
-use tokio::sync::broadcast;
 use uuid::Uuid;
 
 use crate::app::App;
@@ -19,58 +20,22 @@ use crate::db::Db;
 use crate::error::{Error, Outcome, UserError, UserErrorCode};
 use crate::input::{self, Patch, PatchExt};
 use crate::secrets::sha256_hex;
-use crate::viewer::{Scope, Viewer};
+use crate::viewer::{Scope, TenantViewer, Viewer};
 
 /// Keys a tenant may have that aren't revoked.
 const MAX_KEYS: u64 = 1_000;
 /// The longest grace of a rotation: 30 days.
 const MAX_GRACE_SECONDS: i32 = 30 * 24 * 3_600;
 
-/// What is known of keys in this process.
-pub struct KeyRing {
-    admin_hash: String,
-    /// Keys used since the last write, and when.
-    used: DashMap<Uuid, DateTime<Utc>>,
-    /// See [`App::authority_changes`].
-    pub authority: broadcast::Sender<Uuid>,
-}
-
-impl KeyRing {
-    /// A ring for the admin key with this hash.
-    pub fn new(admin_hash: String) -> Self {
-        Self { admin_hash, used: DashMap::new(), authority: broadcast::Sender::new(256) }
-    }
-
-    /// Whether this is the platform admin's key.
-    pub fn is_admin(&self, key: &str) -> bool {
-        sha256_hex(key).as_bytes().ct_eq(self.admin_hash.as_bytes()).into()
-    }
-
-    /// Notes a use, to be written behind; at most once a minute a key.
-    pub fn used(&self, key: &api_keys::Model, now: DateTime<Utc>) {
-        let due = |last: DateTime<Utc>| now - last >= TimeDelta::seconds(60);
-        if key.last_used_at.is_none_or(due) {
-            self.used.entry(key.id).or_insert(now);
-        }
-    }
-
-    /// Tells a tenant's open connections that a right may have been lost.
-    pub fn authority_changed(&self, tenant_id: Uuid) {
-        // Nobody listening is no fault.
-        let _ = self.authority.send(tenant_id);
-    }
-}
-
 /// Writes the uses noted since the last call.
 pub async fn write_last_used(app: &App) -> Result<(), Error> {
-    let used: Vec<(Uuid, DateTime<Utc>)> = app.keys.used.iter().map(|entry| (*entry.key(), *entry.value())).collect();
-    for (id, at) in used {
+    for (id, at) in app.keys.uses() {
         api_keys::Entity::update_many()
             .set(api_keys::ActiveModel { last_used_at: Set(Some(at)), ..Default::default() })
             .filter(api_keys::Column::Id.eq(id))
             .exec(app.db.write())
             .await?;
-        app.keys.used.remove(&id);
+        app.keys.written(id);
     }
     Ok(())
 }
@@ -78,27 +43,42 @@ pub async fn write_last_used(app: &App) -> Result<(), Error> {
 /// Why a key is not taken; the same for every reason, so that nothing can be learned from it.
 const BAD_KEY: Error = Error::Unauthenticated("This key is not valid: it is unknown, expired or revoked.");
 
-/// The key with this secret, its tenant, and when the secret stops working.
-pub async fn verify(
-    app: &App,
-    secret: &str,
-) -> Result<(tenants::Model, api_keys::Model, Option<DateTime<Utc>>), Error> {
+/// Whom a secret lets in. A key that was used a moment ago asks no database; see [`ring`].
+///
+/// # Errors
+/// The key is not valid now, or its tenant is not served.
+pub async fn verify(app: &App, secret: &str) -> Result<Arc<TenantViewer>, Error> {
     if !secret::is_well_formed(secret) {
         return Err(BAD_KEY);
     }
     let hash = sha256_hex(secret);
+    let now = app.clock.now();
+    if let Some(known) = app.keys.known(&hash, now) {
+        return Ok(known);
+    }
+    let loading = app.keys.loading();
+    let viewer = Arc::new(load(app, &hash, now).await?);
+    app.keys.keep(loading, hash, viewer.clone(), now);
+    Ok(viewer)
+}
+
+async fn load(app: &App, hash: &str, now: DateTime<Utc>) -> Result<TenantViewer, Error> {
     let either =
-        Condition::any().add(api_keys::Column::KeyHash.eq(&hash)).add(api_keys::Column::PreviousKeyHash.eq(&hash));
+        Condition::any().add(api_keys::Column::KeyHash.eq(hash)).add(api_keys::Column::PreviousKeyHash.eq(hash));
     let key = api_keys::Entity::across_tenants().filter(either).one(app.db.read()).await?.ok_or(BAD_KEY)?;
     let rotated = if key.key_hash == hash { None } else { key.previous_key_until };
-    let until = [key.expires_at, rotated].into_iter().flatten().min();
-    let now = app.clock.now();
-    let lapsed = until.is_some_and(|until| until <= now) || (key.key_hash != hash && rotated.is_none());
+    let expires_at = [key.expires_at, rotated].into_iter().flatten().min();
+    let lapsed = expires_at.is_some_and(|until| until <= now) || (key.key_hash != hash && rotated.is_none());
     if lapsed || !key.is_active || key.revoked_at.is_some() {
         return Err(BAD_KEY);
     }
     let tenant = tenants::Entity::in_tenant(key.tenant_id).one(app.db.read()).await?.ok_or(BAD_KEY)?;
-    Ok((tenant, key, until))
+    if tenant.status != tenants::Status::Active {
+        return Err(Error::Suspended);
+    }
+    let plan = app.plans.get(&tenant.plan)?;
+    let scopes = Scope::split(&key.scopes);
+    Ok(TenantViewer { tenant, plan, key, scopes, expires_at })
 }
 
 /// The hash of the platform admin's key: the configured one's, or the stored one's. At the very
@@ -209,11 +189,9 @@ pub async fn update(app: &App, viewer: &Viewer, id: Uuid, change: ApiKeyChange) 
     if !row.is_changed() {
         return Ok(row.try_into()?);
     }
-    let narrowed = row.is_active.is_set() || row.scopes.is_set() || row.expires_at.is_set();
-    let key = row.update(app.db.write()).await?;
-    if narrowed {
-        app.keys.authority_changed(key.tenant_id);
-    }
+    let tx = authority::begin(app, viewer.require_tenant()?.tenant_id()).await?;
+    let key = row.update(&tx).await?;
+    authority::commit(app, tx, key.tenant_id).await?;
     Ok(key)
 }
 
@@ -238,8 +216,9 @@ pub async fn rotate(app: &App, viewer: &Viewer, id: Uuid, grace_seconds: i32) ->
     row.previous_key_hash = Set((grace_seconds > 0).then_some(old_hash));
     row.previous_key_until =
         Set((grace_seconds > 0).then(|| app.clock.now() + TimeDelta::seconds(i64::from(grace_seconds))));
-    let key = row.update(app.db.write()).await?;
-    app.keys.authority_changed(key.tenant_id);
+    let tx = authority::begin(app, viewer.require_tenant()?.tenant_id()).await?;
+    let key = row.update(&tx).await?;
+    authority::commit(app, tx, key.tenant_id).await?;
     Ok((key, new.secret))
 }
 
@@ -252,8 +231,9 @@ pub async fn revoke(app: &App, viewer: &Viewer, id: Uuid) -> Outcome<api_keys::M
     let mut row = key.into_active_model();
     row.revoked_at = Set(Some(app.clock.now()));
     row.is_active = Set(false);
-    let key = row.update(app.db.write()).await?;
-    app.keys.authority_changed(key.tenant_id);
+    let tx = authority::begin(app, viewer.require_tenant()?.tenant_id()).await?;
+    let key = row.update(&tx).await?;
+    authority::commit(app, tx, key.tenant_id).await?;
     Ok(key)
 }
 

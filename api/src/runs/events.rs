@@ -13,18 +13,16 @@ use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
 use super::journal::items_after;
-use super::live::Signal;
+use super::live::{Attempt, Delta, Signal, beyond, span};
 use crate::app::App;
 use crate::error::Error;
 
 /// Items read from the journal at a time.
 const PAGE: u64 = 200;
 
-/// How long a subscriber waits for a signal before it looks into the journal by itself: another replica
-/// may be at work on the run. An embedded server is alone, and looks only for safety's sake.
-fn patience(app: &App) -> Duration {
-    Duration::from_secs(if app.db.is_embedded() { 15 } else { 1 })
-}
+/// How long a subscriber waits for a signal before it looks into the journal by itself, for safety's sake: who watches
+/// runs of other replicas is told of what they store once a second at the latest (`live::follow_journals`).
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// An event.
 #[derive(Clone, Debug)]
@@ -58,15 +56,18 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
             if seen.ended || is_over(&app, &run, seen.cursor).await? {
                 break;
             }
-            for progress in subscription.turn.so_far() {
-                if seen.wants_anew(&progress) {
+            for delta in subscription.turn.so_far() {
+                for progress in seen.progress(&delta) {
                     yield Event::Progress(progress);
                 }
             }
             loop {
-                match tokio::time::timeout(patience(&app), subscription.signals.recv()).await {
-                    Ok(Ok(Signal::Progress(progress))) => {
-                        if seen.wants(&progress) {
+                match tokio::time::timeout(PATIENCE, subscription.signals.recv()).await {
+                    Ok(Ok(Signal::Delta(delta))) => {
+                        if seen.lacks_items_before(&delta) {
+                            continue 'subscribed;
+                        }
+                        for progress in seen.progress(&delta) {
                             yield Event::Progress(progress);
                         }
                     }
@@ -80,10 +81,9 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
                             }
                         }
                     }
-                    // The channel lost something: the stored items bring the whole of this turn.
-                    Ok(Err(RecvError::Lagged(_))) => seen.muted = true,
-                    // The run is over, or another process is at work on it: look into the journal.
-                    Ok(Err(RecvError::Closed)) | Err(_) => continue 'subscribed,
+                    // More was stored, this subscriber was too slow, the run is over, or nothing was heard for long:
+                    // the journal has the items, and the turn so far what was missed of it.
+                    Ok(Ok(Signal::Look) | Err(RecvError::Lagged(_) | RecvError::Closed)) | Err(_) => continue 'subscribed,
                 }
                 if seen.ended {
                     break 'subscribed;
@@ -112,11 +112,11 @@ struct Seen {
     cursor: i64,
     /// The newest turn whose response is stored: its deltas are void.
     answered: u32,
-    /// Bytes given of each part of the turn in progress.
-    turn: u32,
+    /// The turn that items were looked for before, because a delta of it came first.
+    looked_before: u32,
+    /// The attempt at the turn in progress, and the bytes given of each part of it.
+    attempt: Attempt,
     parts: BTreeMap<u32, u32>,
-    /// Deltas were lost: no more until the turn is answered or begins anew.
-    muted: bool,
     /// The run's last item was given.
     ended: bool,
 }
@@ -130,67 +130,44 @@ impl Seen {
         self.cursor = item.sequence;
         if let (Body::Usage { .. }, Some(turn)) = (&item.step.body, item.step.turn) {
             self.answered = turn;
-            self.muted = false;
         }
         self.ended = matches!(&item.step.body, Body::Status { status, .. } if status.is_terminal());
         true
     }
 
-    /// Whether progress continues what the subscriber has.
-    fn wants(&mut self, progress: &Progress) -> bool {
-        let (turn, index, offset, text) = match progress {
-            Progress::Text { turn, index, offset, text } => (*turn, *index, *offset, text),
-            Progress::Arguments { turn, index, offset, text, .. } => (*turn, *index, *offset, text),
-            Progress::Restarted { turn } => {
-                self.begin(*turn);
-                self.muted = false;
-                return *turn > self.answered;
+    /// Whether a turn goes on while the one before it is not answered yet as far as this subscriber knows. Told once a
+    /// turn.
+    fn lacks_items_before(&mut self, delta: &Delta) -> bool {
+        let turn = delta.attempt.turn;
+        let lacks = turn > self.answered.saturating_add(1) && turn > self.looked_before;
+        if lacks {
+            self.looked_before = turn;
+        }
+        lacks
+    }
+
+    /// What of a delta is new to the subscriber, and whether what it had of the turn is void. Nothing, if text before
+    /// it is missing: then the stored item brings the whole.
+    fn progress(&mut self, delta: &Delta) -> impl Iterator<Item = Progress> + use<> {
+        let attempt = delta.attempt;
+        let begins_anew = matches!(delta.progress, Progress::Restarted { .. });
+        let (mut restarted, mut fresh) = (None, None);
+        if attempt.turn > self.answered && attempt >= self.attempt {
+            if attempt > self.attempt {
+                let torn = attempt.turn == self.attempt.turn && !self.parts.is_empty();
+                restarted = (begins_anew || torn).then_some(Progress::Restarted { turn: attempt.turn });
+                self.attempt = attempt;
+                self.parts.clear();
             }
-        };
-        if turn != self.turn {
-            self.begin(turn);
+            if let Some((index, _, end)) = span(&delta.progress) {
+                let given = self.parts.get(&index).copied().unwrap_or(0);
+                fresh = beyond(&delta.progress, given);
+                if fresh.is_some() {
+                    self.parts.insert(index, end);
+                }
+            }
         }
-        if turn <= self.answered || self.muted {
-            return false;
-        }
-        let given = self.parts.entry(index).or_default();
-        if offset != *given {
-            // A gap, or text that was given with the turn so far.
-            self.muted |= offset > *given;
-            return false;
-        }
-        *given += u32::try_from(text.len()).unwrap_or(0);
-        true
-    }
-
-    /// Like [`Seen::wants`] for a turn so far, of which the subscriber may have a part: it is given
-    /// only if there is more of it, and may then overlap.
-    fn wants_anew(&mut self, progress: &Progress) -> bool {
-        let (turn, index, length) = match progress {
-            Progress::Text { turn, index, text, .. } => (*turn, *index, text.len()),
-            Progress::Arguments { turn, index, text, .. } => (*turn, *index, text.len()),
-            Progress::Restarted { turn } if *turn == self.turn && !self.parts.is_empty() => return false,
-            Progress::Restarted { .. } => return self.wants(progress),
-        };
-        if turn != self.turn {
-            self.begin(turn);
-        }
-        if turn <= self.answered {
-            return false;
-        }
-        let length = u32::try_from(length).unwrap_or(u32::MAX);
-        let given = self.parts.entry(index).or_default();
-        self.muted = false;
-        if length <= *given {
-            return false;
-        }
-        *given = length;
-        true
-    }
-
-    fn begin(&mut self, turn: u32) {
-        self.turn = turn;
-        self.parts.clear();
+        restarted.into_iter().chain(fresh)
     }
 }
 

@@ -346,7 +346,8 @@ impl RunSubscription {
     /// [READ or RUN] Each change of status of the tenant's runs.
     async fn runs<'ctx>(&self, ctx: &Context<'ctx>) -> Result<impl Stream<Item = Run> + use<'ctx>> {
         let tenant_id = viewer(ctx)?.require_any(&[Scope::Read, Scope::Run])?.tenant_id();
-        let mut changes = app(ctx)?.changes.subscribe(tenant_id);
+        let app = app(ctx)?;
+        let mut changes = app.changes.subscribe(tenant_id, app.clock.now());
         Ok(async_stream::stream! {
             loop {
                 match changes.recv().await {

@@ -1,5 +1,8 @@
-//! What runs are doing right now, told to subscribers in this process. Nothing here is durable: what
-//! is lost is made up for by the journal's items.
+//! What runs are doing right now, told to subscribers here and on other replicas. Nothing here is durable: what is
+//! lost is made up for by the journal's items.
+//!
+//! A delta says which attempt at which turn it belongs to and where its text stands, so whoever takes it knows whether
+//! it continues what he has, repeats it, or leaves a gap, whichever way it came.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,10 +11,18 @@ use cloister_runtime::item::Item;
 use cloister_runtime::journal::Progress;
 use cloister_runtime::spec::Lease;
 use dashmap::DashMap;
+use entity::runs::Status;
+use entity::{TenantOwned, runs};
+use sea_orm::{ColumnTrait, QueryFilter, QuerySelect};
+use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 use uuid::Uuid;
 
-/// Signals a subscriber may lag behind before deltas of the turn are dropped for it.
+use crate::app::App;
+use crate::bus::{Bus, Topic, What};
+use crate::error::Error;
+
+/// Signals a subscriber may lag behind before it must read the journal again.
 const BUFFER: usize = 1024;
 
 /// What a subscriber is told.
@@ -20,63 +31,128 @@ pub enum Signal {
     /// Items that were stored.
     Items(Arc<Vec<Item>>),
     /// Progress within a turn.
-    Progress(Progress),
+    Delta(Arc<Delta>),
+    /// More was stored than was told: it is in the journal.
+    Look,
 }
 
-/// The runs that somebody watches or works on.
-#[derive(Default)]
-pub struct Live {
-    runs: DashMap<Uuid, Arc<LiveRun>>,
+/// Which attempt at a turn: a later one, by whichever worker, makes the text of those before it void.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Attempt {
+    /// The worker's fencing token.
+    pub fence: i64,
+    /// The turn, from 1.
+    pub turn: u32,
+    /// How often this worker began the turn anew.
+    pub restarts: u32,
 }
 
-struct LiveRun {
-    signals: broadcast::Sender<Signal>,
-    turn: Mutex<Turn>,
+/// Progress within an attempt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Delta {
+    /// The attempt it belongs to.
+    pub attempt: Attempt,
+    /// What is new.
+    pub progress: Progress,
+}
+
+impl Delta {
+    /// Takes in what follows directly on this text. False if it doesn't.
+    pub fn append(&mut self, next: &Delta) -> bool {
+        self.attempt == next.attempt && append(&mut self.progress, &next.progress)
+    }
+}
+
+/// A text delta's part of the response, and where its text begins and ends, in bytes. None for a new beginning.
+pub fn span(progress: &Progress) -> Option<(u32, u32, u32)> {
+    match progress {
+        Progress::Text { index, offset, text, .. } | Progress::Arguments { index, offset, text, .. } => {
+            Some((*index, *offset, offset.saturating_add(u32::try_from(text.len()).unwrap_or(u32::MAX))))
+        }
+        Progress::Restarted { .. } => None,
+    }
+}
+
+/// What of a text lies beyond the first `have` bytes of its part. None if nothing does, or if it would leave a gap.
+pub fn beyond(progress: &Progress, have: u32) -> Option<Progress> {
+    let (_, begin, end) = span(progress)?;
+    if begin > have || end <= have {
+        return None;
+    }
+    let mut rest = progress.clone();
+    if let Progress::Text { offset, text, .. } | Progress::Arguments { offset, text, .. } = &mut rest {
+        *text = text.get((have - begin) as usize..)?.to_owned();
+        *offset = have;
+    }
+    Some(rest)
+}
+
+fn append(whole: &mut Progress, next: &Progress) -> bool {
+    let follows = match (span(whole), span(next)) {
+        (Some((part, _, end)), Some((next_part, begin, _))) => part == next_part && end == begin,
+        _ => false,
+    };
+    match (whole, next) {
+        (Progress::Text { text, .. }, Progress::Text { text: more, .. })
+        | (Progress::Arguments { text, .. }, Progress::Arguments { text: more, .. })
+            if follows =>
+        {
+            text.push_str(more);
+            true
+        }
+        _ => false,
+    }
 }
 
 /// What has been streamed of the turn in progress.
 #[derive(Clone, Debug, Default)]
 pub struct Turn {
-    /// The worker that streams it; an earlier one's progress is ignored.
-    fence: i64,
-    number: u32,
+    attempt: Attempt,
     restarted: bool,
     parts: BTreeMap<u32, Progress>,
 }
 
 impl Turn {
     /// The turn so far, as one delta a part; first of all whether it began anew.
-    pub fn so_far(self) -> impl Iterator<Item = Progress> {
-        let restarted = (self.restarted && self.number > 0).then_some(Progress::Restarted { turn: self.number });
-        restarted.into_iter().chain(self.parts.into_values())
+    pub fn so_far(self) -> impl Iterator<Item = Delta> {
+        let Turn { attempt, restarted, parts } = self;
+        let restarted = restarted.then_some(Progress::Restarted { turn: attempt.turn });
+        restarted.into_iter().chain(parts.into_values()).map(move |progress| Delta { attempt, progress })
     }
 
-    fn begin(&mut self, number: u32) {
-        if self.number != number {
-            *self = Turn { fence: self.fence, number, ..Turn::default() };
+    /// The attempt that progress by this worker belongs to. None if another has overtaken it.
+    fn attempt_of(&self, fence: i64, progress: &Progress) -> Option<Attempt> {
+        let (turn, begins_anew) = match progress {
+            Progress::Text { turn, .. } | Progress::Arguments { turn, .. } => (*turn, false),
+            Progress::Restarted { turn } => (*turn, true),
+        };
+        let now = self.attempt;
+        match (fence, turn) == (now.fence, now.turn) {
+            true => Some(Attempt { restarts: now.restarts + u32::from(begins_anew), ..now }),
+            false => Some(Attempt { fence, turn, restarts: 0 }).filter(|attempt| *attempt > now),
         }
     }
 
-    fn add(&mut self, progress: &Progress) {
-        match progress {
-            Progress::Text { turn, index, text, .. } => {
-                self.begin(*turn);
-                match self.parts.get_mut(index) {
-                    Some(Progress::Text { text: so_far, .. }) => so_far.push_str(text),
-                    _ => drop(self.parts.insert(*index, progress.clone())),
-                }
-            }
-            Progress::Arguments { turn, index, text, .. } => {
-                self.begin(*turn);
-                match self.parts.get_mut(index) {
-                    Some(Progress::Arguments { text: so_far, .. }) => so_far.push_str(text),
-                    _ => drop(self.parts.insert(*index, progress.clone())),
-                }
-            }
-            Progress::Restarted { turn } => {
-                *self = Turn { fence: self.fence, number: *turn, restarted: true, parts: BTreeMap::new() };
-            }
+    /// Takes a delta in; returns what of it is new.
+    fn take(&mut self, delta: &Delta) -> Option<Delta> {
+        let begins_anew = matches!(delta.progress, Progress::Restarted { .. });
+        if delta.attempt < self.attempt || (begins_anew && delta.attempt == self.attempt) {
+            return None;
         }
+        if delta.attempt > self.attempt {
+            *self = Turn { attempt: delta.attempt, restarted: begins_anew, parts: BTreeMap::new() };
+        }
+        if begins_anew {
+            return Some(delta.clone());
+        }
+        let (index, ..) = span(&delta.progress)?;
+        let have = self.parts.get(&index).and_then(span).map_or(0, |(_, _, end)| end);
+        let fresh = beyond(&delta.progress, have)?;
+        match self.parts.get_mut(&index) {
+            Some(part) => drop(append(part, &fresh)),
+            None => drop(self.parts.insert(index, fresh.clone())),
+        }
+        Some(Delta { attempt: delta.attempt, progress: fresh })
     }
 }
 
@@ -88,54 +164,153 @@ pub struct Subscription {
     pub turn: Turn,
 }
 
+/// The runs that somebody watches or works on.
+pub struct Live {
+    bus: Bus,
+    runs: DashMap<Uuid, Arc<LiveRun>>,
+}
+
+struct LiveRun {
+    signals: broadcast::Sender<Signal>,
+    progress: Mutex<InProgress>,
+}
+
+#[derive(Default)]
+struct InProgress {
+    turn: Turn,
+    /// A worker here is at it, or one that speaks to this replica.
+    worked_on: bool,
+    /// The sequence after the newest item that was told.
+    next_sequence: i64,
+}
+
 impl Live {
-    /// Listens to a run.
+    /// Runs that are watched here and on the replicas that the bus reaches.
+    pub fn new(bus: Bus) -> Self {
+        Self { bus, runs: DashMap::new() }
+    }
+
+    /// Listens to a run, wherever it is worked on. What another replica streamed of the turn in progress comes as
+    /// signals, once its stream was read.
     pub fn subscribe(&self, run_id: Uuid) -> Subscription {
-        let run = self.run(run_id);
-        // Under the lock, so that nothing is both in `turn` and in `signals`, or in neither.
-        let turn = lock(&run.turn);
-        Subscription { signals: run.signals.subscribe(), turn: turn.clone() }
+        // Under the entry's lock: whoever leaves last and whoever comes first must not cross.
+        let run = self.runs.entry(run_id).or_insert_with(new_run);
+        if run.signals.receiver_count() == 0 {
+            self.bus.listen(Topic::Run(run_id));
+        }
+        // Under this lock, so that nothing is both in `turn` and in `signals`, or in neither.
+        let progress = lock(&run.progress);
+        Subscription { signals: run.signals.subscribe(), turn: progress.turn.clone() }
     }
 
     /// Forgets a run that nobody watches any more, unless it is being worked on.
     pub fn unsubscribed(&self, run_id: Uuid) {
-        self.runs.remove_if(&run_id, |_, run| run.signals.receiver_count() == 0 && lock(&run.turn).number == 0);
+        self.runs.remove_if(&run_id, |_, run| {
+            let unwatched = run.signals.receiver_count() == 0;
+            if unwatched {
+                self.bus.leave(Topic::Run(run_id));
+            }
+            unwatched && !lock(&run.progress).worked_on
+        });
     }
 
     /// Tells of progress by the worker with this lease.
     pub fn progress(&self, lease: Lease, progress: Progress) {
-        let run = self.run(lease.run_id);
-        let mut turn = lock(&run.turn);
-        if lease.fence < turn.fence {
-            return;
+        let run = self.runs.entry(lease.run_id).or_insert_with(new_run).clone();
+        let mut state = lock(&run.progress);
+        let Some(attempt) = state.turn.attempt_of(lease.fence, &progress) else { return };
+        state.worked_on = true;
+        if let Some(fresh) = state.turn.take(&Delta { attempt, progress }) {
+            let fresh = Arc::new(fresh);
+            // Nobody listening is no fault.
+            let _ = run.signals.send(Signal::Delta(fresh.clone()));
+            self.bus.tell(Topic::Run(lease.run_id), What::Delta(fresh));
         }
-        turn.fence = lease.fence;
-        turn.add(&progress);
-        // Nobody listening is no fault.
-        let _ = run.signals.send(Signal::Progress(progress));
     }
 
     /// Tells of stored items. With the run's end it is forgotten; subscribers see the channel close.
     pub fn items(&self, run_id: Uuid, items: Vec<Item>, ended: bool) {
-        let run = if ended { self.runs.remove(&run_id).map(|(_, run)| run) } else { self.watched(run_id) };
-        if let Some(run) = run {
-            // Under the lock, so that a subscriber has the turn's text or its item.
-            let _turn = lock(&run.turn);
-            let _ = run.signals.send(Signal::Items(Arc::new(items)));
-        }
+        let items = Arc::new(items);
+        self.bus.tell(Topic::Run(run_id), What::Items { items: items.clone(), ended });
+        self.hear_items(run_id, items, ended);
     }
 
     /// Forgets a run that this process works on no longer.
     pub fn forget(&self, run_id: Uuid) {
         if let Some(run) = self.watched(run_id) {
-            *lock(&run.turn) = Turn::default();
+            let mut state = lock(&run.progress);
+            state.worked_on = false;
+            // The attempt stays: what an overtaken worker may still say is void.
+            state.turn.parts.clear();
+            state.turn.restarted = false;
         }
         self.unsubscribed(run_id);
     }
 
-    fn run(&self, run_id: Uuid) -> Arc<LiveRun> {
-        let new = || Arc::new(LiveRun { signals: broadcast::Sender::new(BUFFER), turn: Mutex::default() });
-        self.runs.entry(run_id).or_insert_with(new).clone()
+    /// Tells subscribers here of progress on another replica.
+    pub fn hear(&self, run_id: Uuid, delta: &Delta) {
+        if let Some(run) = self.watched(run_id)
+            && let Some(fresh) = lock(&run.progress).turn.take(delta)
+        {
+            let _ = run.signals.send(Signal::Delta(Arc::new(fresh)));
+        }
+    }
+
+    /// Takes in what a run's stream holds: the items that were told last, and the turn since then, of which subscribers
+    /// are told what is new as one delta a part.
+    pub fn catch_up(&self, run_id: Uuid, told: impl Iterator<Item = What>) {
+        let mut turn = Turn::default();
+        for what in told {
+            match what {
+                What::Delta(delta) => drop(turn.take(&delta)),
+                What::Items { items, ended } => self.hear_items(run_id, items, ended),
+                What::Look { ended } => self.look(run_id, ended),
+                What::Wake(_) | What::Abandon { .. } | What::Authority { .. } | What::Run(_) | What::Usage => {}
+            }
+        }
+        turn.so_far().for_each(|delta| self.hear(run_id, &delta));
+    }
+
+    /// Tells subscribers here of items that were stored, by this or another replica.
+    pub fn hear_items(&self, run_id: Uuid, items: Arc<Vec<Item>>, ended: bool) {
+        let next = items.last().map_or(0, |item| item.sequence + 1);
+        self.stored(run_id, ended, |state| {
+            state.next_sequence = state.next_sequence.max(next);
+            Some(Signal::Items(items))
+        });
+    }
+
+    /// Tells subscribers here to look into the journal.
+    pub fn look(&self, run_id: Uuid, ended: bool) {
+        self.stored(run_id, ended, |_| Some(Signal::Look));
+    }
+
+    /// Tells the other replicas what has been streamed here so far: Redis was away, or is empty.
+    pub fn tell_again(&self) {
+        for run in &self.runs {
+            let state = lock(&run.progress);
+            if state.worked_on {
+                let so_far = state.turn.clone().so_far();
+                so_far.for_each(|delta| self.bus.tell(Topic::Run(*run.key()), What::Delta(Arc::new(delta))));
+            }
+        }
+    }
+
+    fn stored(&self, run_id: Uuid, ended: bool, signal: impl FnOnce(&mut InProgress) -> Option<Signal>) {
+        let run = match ended {
+            true => self.runs.remove_if(&run_id, |_, _| {
+                self.bus.leave(Topic::Run(run_id));
+                true
+            }),
+            false => None,
+        };
+        if let Some(run) = run.map(|(_, run)| run).or_else(|| self.watched(run_id)) {
+            // Under the lock, so that a subscriber has the turn's text or its item.
+            let mut state = lock(&run.progress);
+            if let Some(signal) = signal(&mut state) {
+                let _ = run.signals.send(signal);
+            }
+        }
     }
 
     fn watched(&self, run_id: Uuid) -> Option<Arc<LiveRun>> {
@@ -143,7 +318,83 @@ impl Live {
     }
 }
 
+fn new_run() -> Arc<LiveRun> {
+    Arc::new(LiveRun { signals: broadcast::Sender::new(BUFFER), progress: Mutex::default() })
+}
+
 /// A panic while the lock was held can't leave a turn half written.
-fn lock(turn: &Mutex<Turn>) -> MutexGuard<'_, Turn> {
-    turn.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(progress: &Mutex<InProgress>) -> MutexGuard<'_, InProgress> {
+    progress.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Looks, in one statement, whether more was stored of the runs that are watched here than was told, as where Redis
+/// lost a message or is away: then subscribers look into the journal.
+pub async fn follow_journals(app: &App) -> Result<(), Error> {
+    /// Runs in one statement, within what PostgreSQL takes as parameters.
+    const CHUNK: usize = 10_000;
+    let watched = app.live.runs.iter().filter(|run| run.signals.receiver_count() > 0);
+    let watched: Vec<Uuid> = watched.map(|run| *run.key()).collect();
+    for ids in watched.chunks(CHUNK) {
+        let stored: Vec<(Uuid, i64, Status)> = runs::Entity::across_tenants()
+            .filter(runs::Column::Id.is_in(ids.iter().copied()))
+            .select_only()
+            .columns([runs::Column::Id, runs::Column::NextSequence, runs::Column::Status])
+            .into_tuple()
+            .all(app.db.read())
+            .await?;
+        for (id, next, status) in stored {
+            app.live.stored(id, Status::TERMINAL.contains(&status), |state| {
+                let untold = next > state.next_sequence;
+                state.next_sequence = state.next_sequence.max(next);
+                untold.then_some(Signal::Look)
+            });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delta(fence: i64, turn: u32, restarts: u32, offset: u32, text: &str) -> Delta {
+        let progress = Progress::Text { turn, index: 0, offset, text: text.to_owned() };
+        Delta { attempt: Attempt { fence, turn, restarts }, progress }
+    }
+
+    fn told(turn: Turn) -> Vec<Delta> {
+        turn.so_far().collect()
+    }
+
+    #[test]
+    fn a_turn_takes_what_continues_it_and_nothing_else() {
+        let mut turn = Turn::default();
+        assert_eq!(turn.take(&delta(1, 1, 0, 0, "Grü")), Some(delta(1, 1, 0, 0, "Grü")));
+        assert_eq!(turn.take(&delta(1, 1, 0, 0, "Grüße")), Some(delta(1, 1, 0, 4, "ße")), "what is known is left out");
+        assert_eq!(turn.take(&delta(1, 1, 0, 0, "Grü")), None, "a repeat");
+        assert_eq!(turn.take(&delta(1, 1, 0, 9, "?")), None, "a gap");
+        assert_eq!(told(turn.clone()), [delta(1, 1, 0, 0, "Grüße")]);
+        assert_eq!(turn.take(&delta(2, 1, 0, 0, "New")), Some(delta(2, 1, 0, 0, "New")));
+        assert_eq!(turn.take(&delta(1, 1, 0, 7, "old")), None, "a worker that was overtaken");
+        assert_eq!(turn.take(&delta(2, 2, 0, 5, "late")), None, "the beginning was missed");
+        assert_eq!(told(turn), []);
+    }
+
+    #[test]
+    fn a_new_beginning_is_an_attempt_of_its_own() {
+        let mut turn = Turn::default();
+        let anew = Progress::Restarted { turn: 3 };
+        let attempt = turn.attempt_of(2, &anew).expect("nobody has overtaken it");
+        assert_eq!(attempt, Attempt { fence: 2, turn: 3, restarts: 0 });
+        let first = Delta { attempt, progress: anew.clone() };
+        assert_eq!((turn.take(&first), turn.take(&first)), (Some(first.clone()), None));
+        turn.take(&delta(2, 3, 0, 0, "one"));
+        let second = Delta { attempt: turn.attempt_of(2, &anew).expect("the same worker"), progress: anew };
+        assert_eq!(second.attempt.restarts, 1);
+        turn.take(&second);
+        turn.take(&delta(2, 3, 1, 0, "two"));
+        assert_eq!(told(turn.clone()), [second, delta(2, 3, 1, 0, "two")]);
+        assert_eq!(turn.attempt_of(1, &Progress::Restarted { turn: 4 }), None);
+        assert_eq!(turn.attempt_of(2, &Progress::Restarted { turn: 2 }), None);
+    }
 }

@@ -17,6 +17,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
 use crate::input::{Checks, Patch, PatchExt};
+use crate::keys::authority;
 use crate::runs;
 use crate::viewer::{Scope, Viewer};
 
@@ -79,7 +80,7 @@ pub async fn update(app: &App, id: Uuid, name: Patch<String>, limit: Patch<i64>)
     checks.finish()?;
     row.updated_at = Set(app.clock.now());
     let tenant = row.update(&tx).await?;
-    tx.commit().await?;
+    authority::commit(app, tx, id).await?;
     app.changes.publish(id, changes::Change::Usage);
     app.releases.wake();
     Ok(tenant)
@@ -100,10 +101,9 @@ pub async fn set_plan(app: &App, id: Uuid, plan: &str) -> Outcome<tenants::Model
         set_max_running(&tx, id, plan.max_concurrent_runs).await?;
     }
     runs::queue::change_pool(app, &tx, &tenant).await?;
-    tx.commit().await?;
+    authority::commit(app, tx, id).await?;
     app.wakes.wake(&runs::queue::pool_of(&tenant));
     app.releases.wake();
-    app.keys.authority_changed(id);
     app.changes.publish(id, changes::Change::Usage);
     Ok(tenant)
 }
@@ -116,12 +116,11 @@ pub async fn suspend(app: &App, id: Uuid) -> Outcome<tenants::Model> {
     row.updated_at = Set(app.clock.now());
     let tenant = row.update(&tx).await?;
     set_max_running(&tx, id, 0).await?;
-    tx.commit().await?;
+    authority::commit(app, tx, id).await?;
     // Apart: here runs are locked before the queue. Nothing is claimed any more, so none is overlooked.
     let tx = app.db.begin().await?;
     let stopped = runs::queue::take_back(&tx, runs::queue::Whose::Tenant(id), app.clock.now()).await?;
     tx.commit().await?;
-    app.keys.authority_changed(id);
     runs::announce(app, &stopped);
     Ok(tenant)
 }
@@ -139,7 +138,7 @@ pub async fn resume(app: &App, id: Uuid) -> Outcome<tenants::Model> {
     row.updated_at = Set(app.clock.now());
     let tenant = row.update(&tx).await?;
     set_max_running(&tx, id, plan.max_concurrent_runs).await?;
-    tx.commit().await?;
+    authority::commit(app, tx, id).await?;
     app.wakes.wake(&runs::queue::pool_of(&tenant));
     Ok(tenant)
 }
@@ -153,8 +152,7 @@ pub async fn delete(app: &App, id: Uuid) -> Outcome<Uuid> {
     row.updated_at = Set(app.clock.now());
     row.update(&tx).await?;
     set_max_running(&tx, id, 0).await?;
-    tx.commit().await?;
-    app.keys.authority_changed(id);
+    authority::commit(app, tx, id).await?;
     runs::cancel_all(app, id).await?;
     Ok(id)
 }

@@ -85,6 +85,11 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// What tells two states of a tenant's usage apart.
+    fn gist(&self) -> (report::Month, String, i64, i64, i64, i64) {
+        (self.period, self.plan.name.clone(), self.limit, self.month.used, self.month.reserved, self.month.sum().requests)
+    }
+
     /// A tenant's usage in a month; this one unless said otherwise.
     pub async fn load(ctx: &Context<'_>, tenant: tenants::Model, period: Option<Month>) -> Result<Self> {
         let app = app(ctx)?;
@@ -210,10 +215,16 @@ impl UsageSubscription {
     async fn usage<'ctx>(&self, ctx: &Context<'ctx>) -> Result<impl Stream<Item = Result<Usage>> + use<'ctx>> {
         let tenant_id = viewer(ctx)?.require(Scope::Read)?.tenant_id();
         let app = app(ctx)?.clone();
-        let mut changes = app.changes.subscribe(tenant_id);
+        let mut changes = app.changes.subscribe(tenant_id, app.clock.now());
         Ok(async_stream::try_stream! {
+            let mut told = None;
             loop {
-                yield now(&app, tenant_id).await?;
+                let usage = now(&app, tenant_id).await?;
+                // A change may be told more than once: by who made it, and by who found it.
+                if told != Some(usage.gist()) {
+                    told = Some(usage.gist());
+                    yield usage;
+                }
                 loop {
                     match changes.recv().await {
                         Ok(Change::Usage) | Err(RecvError::Lagged(_)) => break,

@@ -1,0 +1,329 @@
+//! What replicas on one database tell each other, through Redis. Nothing here is durable, and nothing waits for it:
+//! with Redis away whoever would have been told finds out by polling the database.
+//!
+//! * Pub/sub carries what is true now: a pool to be woken, a run to be dropped, a right that was lost, a run's new
+//!   state. A replica subscribes to a tenant's or a run's channel only while somebody here listens.
+//! * A stream a run keeps what has been streamed of the turn in progress, for whoever joins in the middle of it. It is
+//!   begun anew with each turn, bounded, and expires.
+//!
+//! [`link`] keeps the connection, [`outbox`] sends, [`receive`] takes in.
+
+pub mod link;
+mod outbox;
+mod receive;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use cloister_runtime::item::Item;
+use entity::runs;
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Client, RedisError};
+use sea_orm::{ConnectionTrait, DbBackend, Statement};
+use secrecy::ExposeSecret;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use uuid::Uuid;
+
+use crate::config::RedisConfig;
+use crate::db::Db;
+use crate::error::Error;
+use crate::runs::live::Delta;
+
+/// What may wait to be sent. Past it the newest is dropped: a run never waits for Redis.
+const OUTBOX: usize = 8_192;
+
+/// How long a connection attempt may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Who is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Topic {
+    /// Every replica.
+    Everyone,
+    /// Replicas where somebody listens to a tenant's changes.
+    Tenant(Uuid),
+    /// Replicas where somebody follows a run.
+    Run(Uuid),
+}
+
+impl Topic {
+    fn channel(self, prefix: &str) -> String {
+        match self {
+            Topic::Everyone => format!("{prefix}everyone"),
+            Topic::Tenant(id) => format!("{prefix}tenant:{id}"),
+            Topic::Run(id) => format!("{prefix}run:{id}"),
+        }
+    }
+
+    fn of_channel(prefix: &str, channel: &str) -> Option<Self> {
+        match channel.strip_prefix(prefix)?.split_once(':') {
+            None => Some(Topic::Everyone),
+            Some(("tenant", id)) => id.parse().ok().map(Topic::Tenant),
+            Some(("run", id)) => id.parse().ok().map(Topic::Run),
+            Some(_) => None,
+        }
+    }
+}
+
+/// What is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum What {
+    /// A pool's queue may hold something to claim.
+    Wake(String),
+    /// Claims of a run up to this fencing token are void.
+    Abandon {
+        /// The run.
+        run_id: Uuid,
+        /// The newest claim that is void.
+        fence: i64,
+    },
+    /// A tenant, or a key of it, may have lost a right.
+    Authority {
+        /// The tenant.
+        tenant_id: Uuid,
+        /// The epoch that the change began.
+        epoch: i64,
+    },
+    /// A run of the tenant as it is now, without its `spec`.
+    Run(Arc<runs::Model>),
+    /// The tenant's usage of this month has changed.
+    Usage,
+    /// Progress within a turn of the run.
+    Delta(Arc<Delta>),
+    /// Items of the run that were stored.
+    Items {
+        /// In their order.
+        items: Arc<Vec<Item>>,
+        /// Whether the last of them ends the run.
+        ended: bool,
+    },
+    /// Items of the run were stored, too large to be told.
+    Look {
+        /// Whether the last of them ends the run.
+        ended: bool,
+    },
+}
+
+/// A message in a channel.
+#[derive(Debug, Serialize, Deserialize)]
+struct Told {
+    /// The replica that tells; it hears itself, and takes no notice.
+    from: Uuid,
+    what: What,
+}
+
+/// Whether replicas hear of each other at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// No Redis is configured: this is the only replica, or it hears of others by polling.
+    Off,
+    /// The first connection is being made.
+    Connecting,
+    /// Connected.
+    Up,
+    /// Redis can't be reached; a new connection is tried again and again.
+    Away,
+}
+
+impl State {
+    /// What `/readyz` says of it.
+    pub fn detail(self) -> &'static str {
+        match self {
+            State::Off => "off",
+            State::Up => "ok",
+            State::Connecting | State::Away => "away: wake-ups by polling",
+        }
+    }
+}
+
+/// The way to the other replicas. Cheap to clone.
+#[derive(Clone)]
+pub struct Bus(Option<Arc<Shared>>);
+
+struct Shared {
+    client: Client,
+    prefix: String,
+    /// Names this process.
+    origin: Uuid,
+    outbox: mpsc::Sender<Outgoing>,
+    /// The other end of `outbox`, until somebody sends.
+    outgoing: Mutex<Option<mpsc::Receiver<Outgoing>>>,
+    state: watch::Sender<State>,
+    connection: RwLock<Option<Connection>>,
+    topics: Mutex<Topics>,
+    topics_changed: Notify,
+    broken: Notify,
+}
+
+/// The connection for commands.
+struct Connection {
+    commands: MultiplexedConnection,
+    /// It has answered a caller too late; nobody waits for it until it has answered in time again.
+    slow: bool,
+}
+
+enum Outgoing {
+    Tell(Topic, What),
+    /// Answered once all before it is sent.
+    Flush(oneshot::Sender<()>),
+}
+
+/// The channels that somebody here listens to. A topic that is wanted anew has a new number, so that what it holds is
+/// read again even if it was never left.
+#[derive(Default)]
+struct Topics {
+    wanted: HashMap<Topic, u64>,
+    touched: HashSet<Topic>,
+    last: u64,
+}
+
+impl Bus {
+    /// A bus; off unless `redis.url` is set. Connects only when [`link::keep`] runs. Deployments that share a Redis
+    /// are told apart by their databases' names.
+    pub async fn new(config: &RedisConfig, db: &Db) -> Result<Self, Error> {
+        let Some(url) = &config.url else { return Ok(Self(None)) };
+        // Not shown: it may hold a password.
+        let wrong = |_| Error::internal("redis.url can't be used: write redis://user:password@host:port");
+        let client = Client::open(url.expose_secret()).map_err(wrong)?;
+        let name = Statement::from_string(DbBackend::Postgres, "SELECT current_database()::text AS name");
+        let row = db.read().query_one_raw(name).await?.ok_or_else(|| Error::internal("the database has no name"))?;
+        let name: String = row.try_get("", "name")?;
+        let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        Ok(Self(Some(Arc::new(Shared {
+            client,
+            prefix: format!("cloister:{name}:"),
+            origin: Uuid::new_v4(),
+            outbox,
+            outgoing: Mutex::new(Some(outgoing)),
+            state: watch::Sender::new(State::Connecting),
+            connection: RwLock::default(),
+            topics: Mutex::default(),
+            topics_changed: Notify::new(),
+            broken: Notify::new(),
+        }))))
+    }
+
+    /// Whether replicas hear of each other at once.
+    pub fn state(&self) -> State {
+        self.0.as_ref().map_or(State::Off, |shared| *shared.state.borrow())
+    }
+
+    /// Tells other replicas, if Redis is there. Never waits.
+    pub fn tell(&self, topic: Topic, what: What) {
+        if let Some(shared) = &self.0
+            && self.state() == State::Up
+        {
+            // A full outbox: polling makes up for it.
+            let _ = shared.outbox.try_send(Outgoing::Tell(topic, what));
+        }
+    }
+
+    /// Waits until what was told is sent; a moment at most.
+    pub async fn flush(&self) {
+        const PATIENCE: Duration = Duration::from_millis(500);
+        let Some(shared) = self.0.as_ref().filter(|_| self.state() == State::Up) else { return };
+        let (sent, all_sent) = oneshot::channel();
+        if shared.outbox.try_send(Outgoing::Flush(sent)).is_ok() {
+            let _ = tokio::time::timeout(PATIENCE, all_sent).await;
+        }
+    }
+
+    /// Listens to a topic, until [`Bus::leave`].
+    pub fn listen(&self, topic: Topic) {
+        self.touch(|topics| {
+            topics.last += 1;
+            topics.wanted.insert(topic, topics.last);
+            topics.touched.insert(topic);
+        });
+    }
+
+    /// Listens to a topic no longer.
+    pub fn leave(&self, topic: Topic) {
+        self.touch(|topics| {
+            topics.wanted.remove(&topic);
+            topics.touched.insert(topic);
+        });
+    }
+
+    fn touch(&self, change: impl FnOnce(&mut Topics)) {
+        if let Some(shared) = &self.0 {
+            change(&mut shared.topics());
+            shared.topics_changed.notify_one();
+        }
+    }
+
+    /// A connection for a command that a caller waits for; none while Redis is away or slow. The key is `key` in this
+    /// deployment's part of Redis.
+    pub fn commands(&self, key: &str) -> Option<(MultiplexedConnection, String)> {
+        let shared = self.0.as_ref()?;
+        let commands = shared.commands()?;
+        Some((commands, format!("{}{key}", shared.prefix)))
+    }
+
+    /// Says that a command of a caller failed: nobody waits for Redis until it has answered in time again.
+    pub fn failed(&self, error: Option<&RedisError>) {
+        let Some(shared) = &self.0 else { return };
+        if let Some(connection) = shared.connection.write().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            connection.slow = true;
+        }
+        if error.is_some_and(RedisError::is_unrecoverable_error) {
+            shared.broken.notify_one();
+        }
+    }
+}
+
+impl Shared {
+    fn topics(&self) -> MutexGuard<'_, Topics> {
+        self.topics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn commands(&self) -> Option<MultiplexedConnection> {
+        let connection = self.connection.read().unwrap_or_else(PoisonError::into_inner);
+        connection.as_ref().filter(|connection| !connection.slow).map(|connection| connection.commands.clone())
+    }
+
+    /// For sending, which nobody waits for: slow or not.
+    fn sending(&self) -> Option<MultiplexedConnection> {
+        let connection = self.connection.read().unwrap_or_else(PoisonError::into_inner);
+        connection.as_ref().map(|connection| connection.commands.clone())
+    }
+
+    fn set_connection(&self, commands: Option<MultiplexedConnection>) {
+        let mut connection = self.connection.write().unwrap_or_else(PoisonError::into_inner);
+        *connection = commands.map(|commands| Connection { commands, slow: false });
+    }
+
+    /// A new connection for commands.
+    async fn connect(&self) -> Result<MultiplexedConnection, RedisError> {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            // Each command has a timeout of its own.
+            .set_response_timeout(None);
+        self.client.get_multiplexed_async_connection_with_config(&config).await
+    }
+
+    fn channel(&self, topic: Topic) -> String {
+        topic.channel(&self.prefix)
+    }
+
+    /// The stream of a run's turn in progress.
+    fn stream(&self, run_id: Uuid) -> String {
+        format!("{}turn:{run_id}", self.prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_channel_names_its_topic() {
+        for topic in [Topic::Everyone, Topic::Tenant(Uuid::now_v7()), Topic::Run(Uuid::now_v7())] {
+            assert_eq!(Topic::of_channel("cloister:a:b:", &topic.channel("cloister:a:b:")), Some(topic));
+            assert_eq!(Topic::of_channel("cloister:c:", &topic.channel("cloister:a:b:")), None);
+        }
+    }
+}
