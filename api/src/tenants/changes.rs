@@ -106,8 +106,14 @@ impl Changes {
         Self { bus, tenants: DashMap::new() }
     }
 
-    /// Listens to a tenant's changes from `now` on.
-    pub fn subscribe(&self, tenant_id: Uuid, now: DateTime<Utc>) -> broadcast::Receiver<Change> {
+    /// Listens to a tenant's changes from `now` on. What other replicas tell is heard once this returns.
+    pub async fn subscribe(&self, tenant_id: Uuid, now: DateTime<Utc>) -> broadcast::Receiver<Change> {
+        let changes = self.subscribe_here(tenant_id, now);
+        self.bus.settle().await;
+        changes
+    }
+
+    fn subscribe_here(&self, tenant_id: Uuid, now: DateTime<Utc>) -> broadcast::Receiver<Change> {
         let channel = self.tenants.entry(tenant_id).or_insert_with(|| {
             self.bus.listen(Topic::Tenant(tenant_id));
             let told = Mutex::new(Told::since(now));
@@ -224,7 +230,10 @@ impl Standing {
     fn is_news(&self, told: &Told) -> bool {
         match told.runs.get(&self.id) {
             Some((progress, _)) => (self.fence, self.next_sequence) > *progress,
-            None => [Some(self.created_at), self.claimed_at, self.finished_at].into_iter().flatten().max() >= Some(told.until),
+            None => {
+                [Some(self.created_at), self.claimed_at, self.finished_at].into_iter().flatten().max()
+                    >= Some(told.until)
+            }
         }
     }
 }

@@ -87,7 +87,14 @@ pub struct Usage {
 impl Usage {
     /// What tells two states of a tenant's usage apart.
     fn gist(&self) -> (report::Month, String, i64, i64, i64, i64) {
-        (self.period, self.plan.name.clone(), self.limit, self.month.used, self.month.reserved, self.month.sum().requests)
+        (
+            self.period,
+            self.plan.name.clone(),
+            self.limit,
+            self.month.used,
+            self.month.reserved,
+            self.month.sum().requests,
+        )
     }
 
     /// A tenant's usage in a month; this one unless said otherwise.
@@ -215,7 +222,7 @@ impl UsageSubscription {
     async fn usage<'ctx>(&self, ctx: &Context<'ctx>) -> Result<impl Stream<Item = Result<Usage>> + use<'ctx>> {
         let tenant_id = viewer(ctx)?.require(Scope::Read)?.tenant_id();
         let app = app(ctx)?.clone();
-        let mut changes = app.changes.subscribe(tenant_id, app.clock.now());
+        let mut changes = app.changes.subscribe(tenant_id, app.clock.now()).await;
         Ok(async_stream::try_stream! {
             let mut told = None;
             loop {
