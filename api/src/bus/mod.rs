@@ -102,6 +102,8 @@ pub enum What {
     },
     /// Items of the run were stored, too large to be told.
     Look {
+        /// The sequence that the next item will have.
+        next_sequence: i64,
         /// Whether the last of them ends the run.
         ended: bool,
     },

@@ -81,9 +81,10 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
                             }
                         }
                     }
+                    Ok(Ok(Signal::Look(next_sequence))) if next_sequence <= seen.cursor + 1 => {}
                     // More was stored, this subscriber was too slow, the run is over, or nothing was heard for long:
                     // the journal has the items, and the turn so far what was missed of it.
-                    Ok(Ok(Signal::Look) | Err(RecvError::Lagged(_) | RecvError::Closed)) | Err(_) => continue 'subscribed,
+                    Ok(Ok(Signal::Look(_)) | Err(RecvError::Lagged(_) | RecvError::Closed)) | Err(_) => continue 'subscribed,
                 }
                 if seen.ended {
                     break 'subscribed;

@@ -36,7 +36,7 @@ const MARGIN: TimeDelta = TimeDelta::seconds(5);
 /// What changed.
 #[derive(Clone, Debug)]
 pub enum Change {
-    /// A run's state; the run as it was then. Without its `spec` if another replica told of it.
+    /// A run's state; the run as it was then. Without its `spec` if another replica moved it.
     Run(Arc<runs::Model>),
     /// The month's usage.
     Usage,
@@ -264,7 +264,9 @@ async fn look(app: &App, tenant_id: Uuid, channel: &Channel) -> Result<(), Error
         news.into_iter().map(|run| run.id).collect()
     };
     for ids in news.chunks(500) {
-        let runs = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.is_in(ids.iter().copied()));
+        let runs = runs::without_spec()
+            .filter(runs::Column::TenantId.eq(tenant_id))
+            .filter(runs::Column::Id.is_in(ids.iter().copied()));
         for run in runs.order_by_asc(runs::Column::Id).all(app.db.read()).await? {
             channel.tell(Change::Run(Arc::new(run)));
         }
