@@ -22,6 +22,7 @@ use crate::client::{Client, GraphqlResponse};
 use crate::key::random_key;
 use crate::model_server::ModelServer;
 use crate::postgres::{self, PostgresDatabase};
+use crate::redis::RedisServer;
 use crate::scope::{EndBy, Scope};
 
 /// The key that the server has for the scripted provider.
@@ -82,6 +83,11 @@ impl TestAppBuilder {
     pub fn model_url(mut self, url: &str) -> Self {
         self.model_url = Some(url.to_owned());
         self
+    }
+
+    /// Replicas tell each other through `redis`.
+    pub fn redis(self, redis: &RedisServer) -> Self {
+        self.env("CLOISTER_REDIS__URL", &redis.url())
     }
 
     /// A variable of the server's environment, over what the app sets itself.
@@ -171,6 +177,26 @@ impl TestApp {
     /// A server with more to it.
     pub fn builder() -> TestAppBuilder {
         TestAppBuilder::default()
+    }
+
+    /// Starts another replica: on this one's database, with its configuration, keys and Redis, on a port of its own.
+    /// It is to be dropped before this one.
+    ///
+    /// # Panics
+    /// It doesn't start; the message has its log.
+    pub async fn replica(&self) -> TestApp {
+        let mut replica = TestApp {
+            admin_key: self.admin_key.clone(),
+            environment: self.environment.clone(),
+            address: ([127, 0, 0, 1], 0).into(),
+            server: None,
+            log: Arc::default(),
+            database_url: self.database_url.clone(),
+            _database: None,
+            directory: Scope::current().directory(),
+        };
+        replica.serve().await;
+        replica
     }
 
     /// The server's base URL, `http://127.0.0.1:PORT`. It stays the same over restarts.
@@ -396,7 +422,7 @@ fn capture(pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>, mut seen: 
 }
 
 /// Sends a signal; the shell has the call built in.
-fn signal(pid: u32, name: &str) {
+pub(crate) fn signal(pid: u32, name: &str) {
     let _ = Command::new("sh").args(["-c", r#"kill -"$1" "$2""#, "signal", name, &pid.to_string()]).status();
 }
 

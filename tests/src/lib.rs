@@ -11,6 +11,7 @@ pub mod key;
 pub mod model_server;
 pub mod node;
 pub mod postgres;
+pub mod redis;
 pub mod scope;
 pub mod tool_server;
 
@@ -22,4 +23,5 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub use app::{Tenant, TestApp};
 pub use client::{Client, GraphqlResponse};
 pub use model_server::{ModelServer, Reply};
+pub use redis::RedisServer;
 pub use tool_server::{ToolAnswer, ToolServer};

@@ -142,16 +142,16 @@ impl Link {
     /// Subscribes to what is wanted and no more, and reads what the streams of runs hold that are new here. Messages
     /// that come meanwhile are heard after that.
     async fn follow_topics(&mut self, app: &App, shared: &Shared) -> Result<(), String> {
-        let (fresh, left) = self.changed_topics(shared);
+        let (newest, fresh, left) = self.changed_topics(shared);
         let channels = |topics: &[Topic]| topics.iter().map(|topic| shared.channel(*topic)).collect::<Vec<_>>();
         let left = channels(&left);
         if !left.is_empty() {
             answered(self.sink.unsubscribe(left)).await?;
         }
-        if fresh.is_empty() {
-            return Ok(());
+        if !fresh.is_empty() {
+            answered(self.sink.subscribe(channels(&fresh))).await?;
         }
-        answered(self.sink.subscribe(channels(&fresh))).await?;
+        shared.subscribed.send_replace(newest);
         let mut runs = Vec::new();
         let mut ranges = redis::pipe();
         for topic in fresh {
@@ -176,8 +176,8 @@ impl Link {
         Ok(())
     }
 
-    /// Topics that are new, and those that nobody wants any more.
-    fn changed_topics(&mut self, shared: &Shared) -> (Vec<Topic>, Vec<Topic>) {
+    /// The newest topic's number, the topics that are new, and those that nobody wants any more.
+    fn changed_topics(&mut self, shared: &Shared) -> (u64, Vec<Topic>, Vec<Topic>) {
         let mut topics = shared.topics();
         let touched: HashSet<Topic> = std::mem::take(&mut topics.touched);
         let (mut fresh, mut left) = (Vec::new(), Vec::new());
@@ -189,7 +189,7 @@ impl Link {
                 None => {}
             }
         }
-        (fresh, left)
+        (topics.last, fresh, left)
     }
 }
 

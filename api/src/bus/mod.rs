@@ -102,6 +102,8 @@ pub enum What {
     },
     /// Items of the run were stored, too large to be told.
     Look {
+        /// The sequence that the next item will have.
+        next_sequence: i64,
         /// Whether the last of them ends the run.
         ended: bool,
     },
@@ -155,6 +157,8 @@ struct Shared {
     connection: RwLock<Option<Connection>>,
     topics: Mutex<Topics>,
     topics_changed: Notify,
+    /// The newest topic that is subscribed to.
+    subscribed: watch::Sender<u64>,
     broken: Notify,
 }
 
@@ -202,6 +206,7 @@ impl Bus {
             connection: RwLock::default(),
             topics: Mutex::default(),
             topics_changed: Notify::new(),
+            subscribed: watch::Sender::new(0),
             broken: Notify::new(),
         }))))
     }
@@ -246,6 +251,16 @@ impl Bus {
             topics.wanted.remove(&topic);
             topics.touched.insert(topic);
         });
+    }
+
+    /// Waits until all topics that are listened to are heard, so that what is told from now on is not missed; a moment at
+    /// most.
+    pub async fn settle(&self) {
+        const PATIENCE: Duration = Duration::from_millis(250);
+        let Some(shared) = self.0.as_ref().filter(|_| self.state() == State::Up) else { return };
+        let last = shared.topics().last;
+        let mut subscribed = shared.subscribed.subscribe();
+        let _ = tokio::time::timeout(PATIENCE, subscribed.wait_for(|newest| *newest >= last)).await;
     }
 
     fn touch(&self, change: impl FnOnce(&mut Topics)) {

@@ -149,12 +149,16 @@ fn order(attempt: Attempt) -> String {
 
 /// The message as it travels. Items that are too large are to be looked up.
 fn encode(shared: &Shared, what: What) -> Option<Vec<u8>> {
-    let ended = matches!(&what, What::Items { ended: true, .. });
-    let is_items = matches!(&what, What::Items { .. });
+    let look = match &what {
+        What::Items { items, ended } => {
+            items.last().map(|last| What::Look { next_sequence: last.sequence + 1, ended: *ended })
+        }
+        _ => None,
+    };
     let json = |what| serde_json::to_vec(&Told { from: shared.origin, what });
-    let encoded = json(what).and_then(|told| match is_items && told.len() > MAX_ITEMS {
-        true => json(What::Look { ended }),
-        false => Ok(told),
+    let encoded = json(what).and_then(|told| match look {
+        Some(look) if told.len() > MAX_ITEMS => json(look),
+        _ => Ok(told),
     });
     encoded.inspect_err(|error| tracing::error!(%error, "a message to other replicas can't be written")).ok()
 }
@@ -182,7 +186,7 @@ mod tests {
         batch.add(Topic::Everyone, What::Wake("shared".to_owned()));
         batch.add(Topic::Run(a), text(1, 3, "llo"));
         batch.add(Topic::Run(a), text(1, 9, "a gap"));
-        batch.add(Topic::Run(a), What::Look { ended: false });
+        batch.add(Topic::Run(a), What::Look { next_sequence: 4, ended: false });
         batch.add(Topic::Run(a), text(2, 0, "next"));
         batch.add(Topic::Tenant(tenant), What::Usage);
         batch.add(Topic::Tenant(tenant), What::Usage);
@@ -197,8 +201,15 @@ mod tests {
                 other => format!("{other:?}"),
             })
             .collect();
-        let expected =
-            ["Wake(\"shared\")", "1@0 Héllo", "1@0 other", "1@9 a gap", "Look { ended: false }", "2@0 next", "Usage"];
+        let expected = [
+            "Wake(\"shared\")",
+            "1@0 Héllo",
+            "1@0 other",
+            "1@9 a gap",
+            "Look { next_sequence: 4, ended: false }",
+            "2@0 next",
+            "Usage",
+        ];
         assert_eq!(told, expected);
     }
 }

@@ -17,7 +17,7 @@ pub fn receive(app: &App, topic: Topic, what: What) {
         (Topic::Tenant(id), What::Usage) => app.changes.hear(id, Change::Usage),
         (Topic::Run(id), What::Delta(delta)) => app.live.hear(id, &delta),
         (Topic::Run(id), What::Items { items, ended }) => app.live.hear_items(id, items, ended),
-        (Topic::Run(id), What::Look { ended }) => app.live.look(id, ended),
+        (Topic::Run(id), What::Look { next_sequence, ended }) => app.live.look(id, next_sequence, ended),
         (topic, what) => tracing::debug!(?topic, ?what, "a message in a channel where it doesn't belong"),
     }
 }

@@ -42,8 +42,8 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
         let mut seen = Seen { cursor: after, answered, ..Seen::default() };
         let mut was_over = false;
         'subscribed: loop {
-            let mut subscription = app.live.subscribe(run.id);
             let cursor = seen.cursor;
+            let mut subscription = app.live.subscribe(run.id);
             loop {
                 let stored = items_after(&app, &run, seen.cursor, PAGE).await?;
                 let last_page = stored.len() < PAGE as usize;
@@ -90,9 +90,10 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
                             }
                         }
                     }
+                    Ok(Ok(Signal::Look(next_sequence))) if next_sequence <= seen.cursor + 1 => {}
                     // More was stored, this subscriber was too slow, the run is over, or nothing was heard for long:
                     // the journal has the items, and the turn so far what was missed of it.
-                    Ok(Ok(Signal::Look) | Err(RecvError::Lagged(_) | RecvError::Closed)) | Err(_) => continue 'subscribed,
+                    Ok(Ok(Signal::Look(_)) | Err(RecvError::Lagged(_) | RecvError::Closed)) | Err(_) => continue 'subscribed,
                 }
                 if seen.ended {
                     break 'subscribed;

@@ -347,7 +347,7 @@ impl RunSubscription {
     async fn runs<'ctx>(&self, ctx: &Context<'ctx>) -> Result<impl Stream<Item = Run> + use<'ctx>> {
         let tenant_id = viewer(ctx)?.require_any(&[Scope::Read, Scope::Run])?.tenant_id();
         let app = app(ctx)?;
-        let mut changes = app.changes.subscribe(tenant_id, app.clock.now());
+        let mut changes = app.changes.subscribe(tenant_id, app.clock.now()).await;
         Ok(async_stream::stream! {
             loop {
                 match changes.recv().await {

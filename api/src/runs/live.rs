@@ -32,8 +32,8 @@ pub enum Signal {
     Items(Arc<Vec<Item>>),
     /// Progress within a turn.
     Delta(Arc<Delta>),
-    /// More was stored than was told: it is in the journal.
-    Look,
+    /// Items were stored that are not told, up to before this sequence: they are in the journal.
+    Look(i64),
 }
 
 /// Which attempt at a turn: a later one, by whichever worker, makes the text of those before it void.
@@ -264,7 +264,7 @@ impl Live {
             match what {
                 What::Delta(delta) => drop(turn.take(&delta)),
                 What::Items { items, ended } => self.hear_items(run_id, items, ended),
-                What::Look { ended } => self.look(run_id, ended),
+                What::Look { next_sequence, ended } => self.look(run_id, next_sequence, ended),
                 What::Wake(_) | What::Abandon { .. } | What::Authority { .. } | What::Run(_) | What::Usage => {}
             }
         }
@@ -273,16 +273,13 @@ impl Live {
 
     /// Tells subscribers here of items that were stored, by this or another replica.
     pub fn hear_items(&self, run_id: Uuid, items: Arc<Vec<Item>>, ended: bool) {
-        let next = items.last().map_or(0, |item| item.sequence + 1);
-        self.stored(run_id, ended, |state| {
-            state.next_sequence = state.next_sequence.max(next);
-            Some(Signal::Items(items))
-        });
+        let next_sequence = items.last().map_or(0, |item| item.sequence + 1);
+        self.stored(run_id, next_sequence, ended, Signal::Items(items));
     }
 
-    /// Tells subscribers here to look into the journal.
-    pub fn look(&self, run_id: Uuid, ended: bool) {
-        self.stored(run_id, ended, |_| Some(Signal::Look));
+    /// Has subscribers here look into the journal for the items before `next_sequence`, if nobody told of them.
+    pub fn look(&self, run_id: Uuid, next_sequence: i64, ended: bool) {
+        self.stored(run_id, next_sequence, ended, Signal::Look(next_sequence));
     }
 
     /// Tells the other replicas what has been streamed here so far: Redis was away, or is empty.
@@ -296,7 +293,7 @@ impl Live {
         }
     }
 
-    fn stored(&self, run_id: Uuid, ended: bool, signal: impl FnOnce(&mut InProgress) -> Option<Signal>) {
+    fn stored(&self, run_id: Uuid, next_sequence: i64, ended: bool, signal: Signal) {
         let run = match ended {
             true => self.runs.remove_if(&run_id, |_, _| {
                 self.bus.leave(Topic::Run(run_id));
@@ -307,7 +304,8 @@ impl Live {
         if let Some(run) = run.map(|(_, run)| run).or_else(|| self.watched(run_id)) {
             // Under the lock, so that a subscriber has the turn's text or its item.
             let mut state = lock(&run.progress);
-            if let Some(signal) = signal(&mut state) {
+            if next_sequence > state.next_sequence {
+                state.next_sequence = next_sequence;
                 let _ = run.signals.send(signal);
             }
         }
@@ -342,12 +340,8 @@ pub async fn follow_journals(app: &App) -> Result<(), Error> {
             .into_tuple()
             .all(app.db.read())
             .await?;
-        for (id, next, status) in stored {
-            app.live.stored(id, Status::TERMINAL.contains(&status), |state| {
-                let untold = next > state.next_sequence;
-                state.next_sequence = state.next_sequence.max(next);
-                untold.then_some(Signal::Look)
-            });
+        for (id, next_sequence, status) in stored {
+            app.live.look(id, next_sequence, Status::TERMINAL.contains(&status));
         }
     }
     Ok(())

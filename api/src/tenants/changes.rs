@@ -36,7 +36,7 @@ const MARGIN: TimeDelta = TimeDelta::seconds(5);
 /// What changed.
 #[derive(Clone, Debug)]
 pub enum Change {
-    /// A run's state; the run as it was then. Without its `spec` if another replica told of it.
+    /// A run's state; the run as it was then. Without its `spec` if another replica moved it.
     Run(Arc<runs::Model>),
     /// The month's usage.
     Usage,
@@ -106,8 +106,14 @@ impl Changes {
         Self { bus, tenants: DashMap::new() }
     }
 
-    /// Listens to a tenant's changes from `now` on.
-    pub fn subscribe(&self, tenant_id: Uuid, now: DateTime<Utc>) -> broadcast::Receiver<Change> {
+    /// Listens to a tenant's changes from `now` on. What other replicas tell is heard once this returns.
+    pub async fn subscribe(&self, tenant_id: Uuid, now: DateTime<Utc>) -> broadcast::Receiver<Change> {
+        let changes = self.subscribe_here(tenant_id, now);
+        self.bus.settle().await;
+        changes
+    }
+
+    fn subscribe_here(&self, tenant_id: Uuid, now: DateTime<Utc>) -> broadcast::Receiver<Change> {
         let channel = self.tenants.entry(tenant_id).or_insert_with(|| {
             self.bus.listen(Topic::Tenant(tenant_id));
             let told = Mutex::new(Told::since(now));
@@ -258,7 +264,9 @@ async fn look(app: &App, tenant_id: Uuid, channel: &Channel) -> Result<(), Error
         news.into_iter().map(|run| run.id).collect()
     };
     for ids in news.chunks(500) {
-        let runs = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.is_in(ids.iter().copied()));
+        let runs = runs::without_spec()
+            .filter(runs::Column::TenantId.eq(tenant_id))
+            .filter(runs::Column::Id.is_in(ids.iter().copied()));
         for run in runs.order_by_asc(runs::Column::Id).all(app.db.read()).await? {
             channel.tell(Change::Run(Arc::new(run)));
         }

@@ -222,7 +222,7 @@ impl UsageSubscription {
     async fn usage<'ctx>(&self, ctx: &Context<'ctx>) -> Result<impl Stream<Item = Result<Usage>> + use<'ctx>> {
         let tenant_id = viewer(ctx)?.require(Scope::Read)?.tenant_id();
         let app = app(ctx)?.clone();
-        let mut changes = app.changes.subscribe(tenant_id, app.clock.now());
+        let mut changes = app.changes.subscribe(tenant_id, app.clock.now()).await;
         Ok(async_stream::try_stream! {
             let mut told = None;
             loop {

@@ -22,6 +22,7 @@ mod metering;
 mod model_server;
 mod quota;
 mod regressions;
+mod replicas;
 mod rest;
 mod retention;
 mod runs;
