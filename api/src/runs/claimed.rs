@@ -11,7 +11,7 @@ use futures_util::stream::BoxStream;
 use sea_orm::{ColumnTrait, QueryFilter, QueryOrder};
 use uuid::Uuid;
 
-use super::journal::{DatabaseJournal, items_after, items_of};
+use super::journal::{DatabaseJournal, input_item, items_after, items_of};
 use super::{announce, queue, run_agent_name};
 use crate::agents::graph;
 use crate::app::App;
@@ -27,24 +27,33 @@ pub fn lease_of(run: &runs::Model) -> Lease {
 
 /// All that the loop needs to begin or to go on.
 pub async fn prepare(app: &App, run: &runs::Model) -> Result<Claim, Error> {
-    let tenant = tenants::Entity::in_tenant(run.tenant_id).one(app.db.read()).await?;
-    let tenant = tenant.ok_or_else(|| Error::internal("a run of a tenant that is gone"))?;
     let mut spec: RunSpec = serde_json::from_value(run.spec.clone())?;
-    graph::open_tokens(app, tenant.id, &mut spec)?;
-    let items = items_after(app, run, 0, u64::MAX / 2).await?;
+    graph::open_tokens(app, run.tenant_id, &mut spec)?;
+    let items = match run.next_sequence {
+        // Nothing has been done yet: what it has is its input.
+        2 => vec![input_item(run, spec.agents.get(&spec.root).map_or("", |agent| &agent.name))],
+        _ => items_after(app, run, 0, u64::MAX / 2).await?,
+    };
     let mut history = Vec::new();
     for (earlier, items) in earlier_runs(app, run).await? {
         history.extend(transcript(&serde_json::from_value(earlier.spec)?, items));
     }
     let left = TimeDelta::seconds(i64::from(run.timeout_seconds)) - TimeDelta::milliseconds(run.held_ms);
+    let calls_webhooks = spec.agents.values().any(|agent| !agent.tools.is_empty());
+    let webhook_secrets = if calls_webhooks { webhook_secrets(app, run.tenant_id).await? } else { Vec::new() };
     Ok(Claim {
-        lease: Lease { run_id: run.id, fence: run.fence },
+        lease: lease_of(run),
         spec,
         history,
         items,
         deadline: run.claimed_at.unwrap_or(run.created_at) + left,
-        webhook_secrets: signing_secrets(app, &tenant)?,
+        webhook_secrets,
     })
+}
+
+async fn webhook_secrets(app: &App, tenant_id: Uuid) -> Result<Vec<String>, Error> {
+    let tenant = tenants::Entity::in_tenant(tenant_id).one(app.db.read()).await?;
+    signing_secrets(app, &tenant.ok_or_else(|| Error::internal("a run of a tenant that is gone"))?)
 }
 
 /// The runs of the conversation that ended before this one began, with their items.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
-use cloister_runtime::item::{Body, Item, RunStatus, Step};
+use cloister_runtime::item::{Body, Item, Role, RunStatus, Step};
 use cloister_runtime::journal::{Journal, JournalError, Progress};
 use cloister_runtime::spec::Lease;
 use entity::runs::Status;
@@ -370,6 +370,13 @@ pub async fn items_of(app: &App, tenant_id: Uuid, runs: &[runs::Model]) -> Resul
         items.entry(row.run_id).or_default().push(from_row(row)?);
     }
     Ok(items)
+}
+
+/// A run's first item: its input, stored with it. It is what a later run of the conversation goes on from.
+pub fn input_item(run: &runs::Model, agent_name: &str) -> Item {
+    let body = Body::Message { index: None, role: Role::User, text: run.input.clone() };
+    let step = Step { agent_name: agent_name.to_owned(), turn: None, body };
+    Item { sequence: 1, created_at: run.created_at, step }
 }
 
 /// All of a run's items, as the transaction sees them.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use cloister_runtime::item::{Body, Item, Role, Step};
+use cloister_runtime::item::Item;
 use cloister_runtime::spec::RunSpec;
 use entity::runs::Status;
 use entity::{TenantOwned, conversations, runs, tenants};
@@ -202,13 +202,6 @@ impl Start {
         };
         Ok(Self { run, agent_name, begins_conversation: false, waits: false })
     }
-
-    /// The input: stored with its run, it is what a later run of the conversation goes on from.
-    fn input(&self) -> Item {
-        let body = Body::Message { index: None, role: Role::User, text: self.run.input.clone() };
-        let step = Step { agent_name: self.agent_name.clone(), turn: None, body };
-        Item { sequence: 1, created_at: self.run.created_at, step }
-    }
 }
 
 /// Stores runs with their first items, and queues those that wait for nothing. Those whose idempotency key exists are
@@ -255,7 +248,8 @@ async fn insert(
     if !unused.is_empty() {
         conversations::Entity::delete_many().filter(conversations::Column::Id.is_in(unused)).exec(tx).await?;
     }
-    let inputs: Vec<Item> = starts.iter().map(Start::input).collect();
+    let input = |start: &Start| journal::input_item(&start.run, &start.agent_name);
+    let inputs: Vec<Item> = starts.iter().map(input).collect();
     journal::insert_items(tx, starts.iter().map(|start| &start.run).zip(inputs.chunks(1))).await?;
     Ok(starts.into_iter().map(|start| start.run).collect())
 }
