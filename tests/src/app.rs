@@ -38,6 +38,7 @@ pub struct TestApp {
     pub admin_key: String,
     environment: Vec<(String, String)>,
     address: SocketAddr,
+    runtime_address: SocketAddr,
     server: Option<Child>,
     log: Arc<Mutex<String>>,
     database_url: String,
@@ -121,6 +122,7 @@ impl TestAppBuilder {
         let mut environment = vec![
             set("CLOISTER_CONFIG", &config_path.display().to_string()),
             set("CLOISTER_SERVER__LISTEN", "127.0.0.1:0"),
+            set("CLOISTER_SERVER__RUNTIME_LISTEN", "127.0.0.1:0"),
             set("CLOISTER_DATABASE__URL", &database_url),
             set("CLOISTER_ADMIN__KEY", &admin_key),
             set("CLOISTER_SECRETS__KEY", &BASE64_STANDARD.encode(rand::random::<[u8; 32]>())),
@@ -136,6 +138,7 @@ impl TestAppBuilder {
             admin_key,
             environment,
             address: ([127, 0, 0, 1], 0).into(),
+            runtime_address: ([127, 0, 0, 1], 0).into(),
             server: None,
             log: Arc::default(),
             database_url,
@@ -202,6 +205,11 @@ impl TestApp {
     /// The server's base URL, `http://127.0.0.1:PORT`. It stays the same over restarts.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// The server's base URL for workers apart. It stays the same over restarts.
+    pub fn runtime_url(&self) -> String {
+        format!("http://{}", self.runtime_address)
     }
 
     /// The server's WebSocket URL for GraphQL.
@@ -323,18 +331,9 @@ impl TestApp {
 
     /// Runs a subcommand of the binary, such as `["schema"]`, with the server's environment.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(binary());
-        let inherited = env::vars_os().map(|(name, _)| name);
-        for name in inherited.filter(|name| {
-            let name = name.to_string_lossy();
-            name.starts_with("CLOISTER_") || name.starts_with("OPENAI_") || name == "RUST_LOG"
-        }) {
-            command.env_remove(name);
-        }
-        // In its own directory, it finds no configuration file but the one it is given; in its own
-        // process group, Ctrl-C does not reach it before the test.
+        let mut command = command("cloister");
+        // In its own directory, it finds no configuration file but the one it is given.
         command.args(arguments).envs(self.environment.iter().cloned()).current_dir(self.directory.path());
-        command.process_group(0).stdin(Stdio::null());
         command
     }
 
@@ -350,6 +349,7 @@ impl TestApp {
         // The first start chooses the port, later ones keep it.
         if self.address.port() != 0 {
             command.env("CLOISTER_SERVER__LISTEN", self.address.to_string());
+            command.env("CLOISTER_SERVER__RUNTIME_LISTEN", self.runtime_address.to_string());
         }
         let mut server = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("cloister runs");
         Scope::current().adopt(server.id(), EndBy::Kill);
@@ -361,17 +361,20 @@ impl TestApp {
         capture(stderr, self.log.clone(), |_| {});
         // The sender goes with the thread: that is how the end of the server is told.
         capture(stdout, self.log.clone(), move |line| {
-            if let Some(address) = listening_address(line) {
-                state.send_replace(ServerState::Listening(address));
+            if let Some((address, runtime_address)) = listening_addresses(line) {
+                state.send_replace(ServerState::Listening(address, runtime_address));
             }
         });
-        let is_listening = listening.wait_for(|state| matches!(state, ServerState::Listening(_)));
+        let is_listening = listening.wait_for(|state| matches!(state, ServerState::Listening(..)));
         let found = match tokio::time::timeout(PATIENCE, is_listening).await {
             Ok(Ok(state)) => *state,
             Ok(Err(_)) | Err(_) => ServerState::Starting,
         };
         match found {
-            ServerState::Listening(address) => self.address = address,
+            ServerState::Listening(address, runtime_address) => {
+                self.address = address;
+                self.runtime_address = runtime_address;
+            }
             ServerState::Starting => {
                 self.kill();
                 panic!("`cloister serve` does not listen; its log:\n{}", self.log());
@@ -392,22 +395,30 @@ impl Drop for TestApp {
 #[derive(Clone, Copy, Debug)]
 enum ServerState {
     Starting,
-    Listening(SocketAddr),
+    Listening(SocketAddr, SocketAddr),
 }
 
-/// The address in the log line that says that the server listens.
-fn listening_address(line: &str) -> Option<SocketAddr> {
+/// The addresses in the log line that says that the server listens: for clients, and for workers.
+fn listening_addresses(line: &str) -> Option<(SocketAddr, SocketAddr)> {
+    let fields = listening(line)?;
+    let address = |name: &str| fields[name].as_str()?.parse().ok();
+    Some((address("address")?, address("runtime_address")?))
+}
+
+/// The fields of the log line in which a process says that it listens.
+pub(crate) fn listening(line: &str) -> Option<Value> {
     let event: Value = serde_json::from_str(line).ok()?;
     // tracing's JSON puts an event's fields under `fields` unless it is told to flatten them.
-    let fields = if event["fields"].is_object() { &event["fields"] } else { &event };
-    if fields["message"] != "listening" {
-        return None;
-    }
-    fields["address"].as_str()?.parse().ok()
+    let fields = if event["fields"].is_object() { event["fields"].clone() } else { event };
+    (fields["message"] == "listening").then_some(fields)
 }
 
 /// Reads a pipe to its end, line by line, whatever the test does meanwhile.
-fn capture(pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>, mut seen: impl FnMut(&str) + Send + 'static) {
+pub(crate) fn capture(
+    pipe: impl Read + Send + 'static,
+    log: Arc<Mutex<String>>,
+    mut seen: impl FnMut(&str) + Send + 'static,
+) {
     thread::spawn(move || {
         for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line);
@@ -426,12 +437,27 @@ pub(crate) fn signal(pid: u32, name: &str) {
     let _ = Command::new("sh").args(["-c", r#"kill -"$1" "$2""#, "signal", name, &pid.to_string()]).status();
 }
 
-/// The server's binary, which lies beside the directory of the test's own.
-fn binary() -> PathBuf {
+/// A binary of the workspace, which lies beside the directory of the test's own.
+pub(crate) fn binary(name: &str) -> PathBuf {
     let own = env::current_exe().expect("the test's own path");
-    let mut directories = own.ancestors().skip(1).take(2).map(|directory| directory.join("cloister"));
-    let found = directories.find(|path| path.is_file());
-    found.expect("the binary `cloister` is not built: run `cargo build` first, with the profile of the tests")
+    let mut candidates = own.ancestors().skip(1).take(2).map(|directory| directory.join(name));
+    let found = candidates.find(|path| path.is_file());
+    found.unwrap_or_else(|| panic!("`{name}` is not built: run `cargo build` first, with the profile of the tests"))
+}
+
+/// A command of a binary of the workspace that inherits none of our variables.
+pub(crate) fn command(name: &str) -> Command {
+    let mut command = Command::new(binary(name));
+    let inherited = env::vars_os().map(|(name, _)| name);
+    for name in inherited.filter(|name| {
+        let name = name.to_string_lossy();
+        name.starts_with("CLOISTER_") || name.starts_with("OPENAI_") || name == "RUST_LOG"
+    }) {
+        command.env_remove(name);
+    }
+    // In its own process group, Ctrl-C does not reach it before the test.
+    command.process_group(0).stdin(Stdio::null());
+    command
 }
 
 fn text(response: &GraphqlResponse, mutation: &str, pointer: &str) -> String {

@@ -14,6 +14,7 @@ pub mod postgres;
 pub mod redis;
 pub mod scope;
 pub mod tool_server;
+pub mod worker;
 
 use std::time::Duration;
 
@@ -25,3 +26,4 @@ pub use client::{Client, GraphqlResponse};
 pub use model_server::{ModelServer, Reply};
 pub use redis::RedisServer;
 pub use tool_server::{ToolAnswer, ToolServer};
+pub use worker::{Worker, WorkerBuilder};

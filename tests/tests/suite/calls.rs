@@ -54,6 +54,11 @@ pub fn mutation(name: &str) -> String {
             input = "ApiKeyIdInput".to_owned();
             "apiKey { id isActive revokedAt }"
         }
+        "createRuntimeToken" | "rotateRuntimeToken" => "runtimeToken { id prefix expiresAt } secret",
+        "revokeRuntimeToken" => {
+            input = "RuntimeTokenIdInput".to_owned();
+            "runtimeToken { id revokedAt }"
+        }
         "rotateWebhookSecret" => "secret",
         "createAgent" | "updateAgent" | "rollbackAgent" => "agent { id }",
         "publishAgent" => {

@@ -37,15 +37,15 @@ const TURNS: u64 = 5;
 
 /// What a subscriber has of a run, over all its connections.
 #[derive(Default)]
-struct Followed {
+pub struct Followed {
     /// The items, as they came.
-    items: Vec<Value>,
+    pub items: Vec<Value>,
     /// Text of parts in progress, by turn and index.
     parts: BTreeMap<(i64, i64), String>,
     /// Parts that stood half told when a connection broke.
     torn: BTreeSet<(i64, i64)>,
     /// Messages and calls that their deltas had told whole.
-    told_whole: usize,
+    pub told_whole: usize,
 }
 
 impl Followed {
@@ -108,7 +108,7 @@ impl Followed {
 }
 
 /// Follows a run to its end, over as many connections as it takes; counts the events.
-async fn follow(client: Client, run: String, count: watch::Sender<usize>) -> Followed {
+pub async fn follow(client: Client, run: String, count: watch::Sender<usize>) -> Followed {
     let mut followed = Followed::default();
     while !followed.ended() {
         let variables = json!({"run": run, "after": followed.cursor()});

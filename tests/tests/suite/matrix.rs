@@ -53,7 +53,7 @@ struct Objects {
 }
 
 impl Objects {
-    async fn of(tenant: &Tenant, mark: &str) -> Objects {
+    async fn of(app: &TestApp, tenant: &Tenant, mark: &str) -> Objects {
         let client = &tenant.client;
         let webhook =
             json!({"webhook": {"name": "look_up", "description": mark, "url": format!("https://{mark}.example/")}});
@@ -69,6 +69,7 @@ impl Objects {
         let conversation = "query ($id: ID!) { run(id: $id) { conversation { id } } }";
         let conversation = text(&client.data(conversation, json!({"id": run})).await, "/run/conversation/id");
         let (key, _) = new_key(client, json!({"name": mark})).await;
+        let token = done(&app.admin(), "createRuntimeToken", json!({"tenantId": tenant.id})).await;
         let ids = [
             ("ten", tenant.id.clone()),
             ("key", key),
@@ -76,6 +77,7 @@ impl Objects {
             ("agv", version),
             ("cnv", conversation),
             ("run", run),
+            ("rtk", text(&token, "/runtimeToken/id")),
         ];
         Objects { ids: ids.into() }
     }
@@ -92,12 +94,13 @@ impl Values for Objects {
 /// The kinds of id that an argument takes. A new name must be added here, or the test fails.
 fn kinds(name: &str, root: &str) -> Vec<&'static str> {
     match (name, root) {
-        ("id", "Query.node") => vec!["ten", "key", "agt", "agv", "cnv", "run"],
+        ("id", "Query.node") => vec!["ten", "key", "agt", "agv", "cnv", "run", "rtk"],
         ("id", "Query.tenantById") | ("tenantId", _) => vec!["ten"],
         ("id", "Query.agent") | ("agentId", _) => vec!["agt"],
         ("id", "Query.run") | ("runId", _) => vec!["run"],
         ("id", "Query.conversation") | ("conversationId", _) => vec!["cnv"],
         ("apiKeyId", _) => vec!["key"],
+        ("runtimeTokenId", _) => vec!["rtk"],
         _ => panic!("{root} has the new id {name}: say in kinds() whose it is"),
     }
 }
@@ -163,7 +166,7 @@ async fn two(app: &TestApp) -> (Tenant, Objects, Tenant, Objects) {
     let alpha =
         app.tenant_with(&format!("{MARK} Inc"), json!({"plan": "PRO", "email": format!("{MARK}@example.test")})).await;
     let beta = app.tenant("beta").await;
-    let (of_alpha, of_beta) = (Objects::of(&alpha, MARK).await, Objects::of(&beta, "beta").await);
+    let (of_alpha, of_beta) = (Objects::of(app, &alpha, MARK).await, Objects::of(app, &beta, "beta").await);
     (alpha, of_alpha, beta, of_beta)
 }
 
@@ -175,9 +178,17 @@ async fn no_id_of_another_tenant_is_any_better_than_a_missing_one(builder: TestA
     cases.sort_by_key(order);
     assert!(cases.len() > 30, "only {} cases", cases.len());
     let before = tenant_rows(&app, &alpha.id).await;
-    for table in
-        ["tenants", "api_keys", "agents", "agent_versions", "conversations", "runs", "run_items", "usage_totals"]
-    {
+    for table in [
+        "tenants",
+        "api_keys",
+        "agents",
+        "agent_versions",
+        "conversations",
+        "runs",
+        "run_items",
+        "usage_totals",
+        "runtime_tokens",
+    ] {
         assert!(!before[table].is_empty(), "{table} has nothing to lose");
     }
 
