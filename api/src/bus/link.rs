@@ -10,7 +10,8 @@ use redis::streams::StreamRangeReply;
 use redis::{Msg, RedisError};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
-use super::{CONNECT_TIMEOUT, Shared, State, Told, Topic, outbox, receive};
+use super::message::Told;
+use super::{CONNECT_TIMEOUT, Shared, State, Topic, outbox, receive};
 use crate::app::App;
 
 /// Pauses between attempts to connect.

@@ -9,6 +9,7 @@
 //! [`link`] keeps the connection, [`outbox`] sends, [`receive`] takes in.
 
 pub mod link;
+mod message;
 mod outbox;
 mod receive;
 
@@ -16,106 +17,23 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use cloister_runtime::item::Item;
-use entity::runs;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, RedisError};
 use sea_orm::{ConnectionTrait, DbBackend, Statement};
 use secrecy::ExposeSecret;
-use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use uuid::Uuid;
 
+pub use self::message::{Topic, What};
 use crate::config::RedisConfig;
 use crate::db::Db;
 use crate::error::Error;
-use crate::runs::live::Delta;
 
 /// What may wait to be sent. Past it the newest is dropped: a run never waits for Redis.
 const OUTBOX: usize = 8_192;
 
 /// How long a connection attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Who is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Topic {
-    /// Every replica.
-    Everyone,
-    /// Replicas where somebody listens to a tenant's changes.
-    Tenant(Uuid),
-    /// Replicas where somebody follows a run.
-    Run(Uuid),
-}
-
-impl Topic {
-    fn channel(self, prefix: &str) -> String {
-        match self {
-            Topic::Everyone => format!("{prefix}everyone"),
-            Topic::Tenant(id) => format!("{prefix}tenant:{id}"),
-            Topic::Run(id) => format!("{prefix}run:{id}"),
-        }
-    }
-
-    fn of_channel(prefix: &str, channel: &str) -> Option<Self> {
-        match channel.strip_prefix(prefix)?.split_once(':') {
-            None => Some(Topic::Everyone),
-            Some(("tenant", id)) => id.parse().ok().map(Topic::Tenant),
-            Some(("run", id)) => id.parse().ok().map(Topic::Run),
-            Some(_) => None,
-        }
-    }
-}
-
-/// What is told.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum What {
-    /// A pool's queue may hold something to claim.
-    Wake(String),
-    /// Claims of a run up to this fencing token are void.
-    Abandon {
-        /// The run.
-        run_id: Uuid,
-        /// The newest claim that is void.
-        fence: i64,
-    },
-    /// A tenant, or a key of it, may have lost a right.
-    Authority {
-        /// The tenant.
-        tenant_id: Uuid,
-        /// The epoch that the change began.
-        epoch: i64,
-    },
-    /// A run of the tenant as it is now, without its `spec`.
-    Run(Arc<runs::Model>),
-    /// The tenant's usage of this month has changed.
-    Usage,
-    /// Progress within a turn of the run.
-    Delta(Arc<Delta>),
-    /// Items of the run that were stored.
-    Items {
-        /// In their order.
-        items: Arc<Vec<Item>>,
-        /// Whether the last of them ends the run.
-        ended: bool,
-    },
-    /// Items of the run were stored, too large to be told.
-    Look {
-        /// The sequence that the next item will have.
-        next_sequence: i64,
-        /// Whether the last of them ends the run.
-        ended: bool,
-    },
-}
-
-/// A message in a channel.
-#[derive(Debug, Serialize, Deserialize)]
-struct Told {
-    /// The replica that tells; it hears itself, and takes no notice.
-    from: Uuid,
-    what: What,
-}
 
 /// Whether replicas hear of each other at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -327,18 +245,5 @@ impl Shared {
     /// The stream of a run's turn in progress.
     fn stream(&self, run_id: Uuid) -> String {
         format!("{}turn:{run_id}", self.prefix)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_channel_names_its_topic() {
-        for topic in [Topic::Everyone, Topic::Tenant(Uuid::now_v7()), Topic::Run(Uuid::now_v7())] {
-            assert_eq!(Topic::of_channel("cloister:a:b:", &topic.channel("cloister:a:b:")), Some(topic));
-            assert_eq!(Topic::of_channel("cloister:c:", &topic.channel("cloister:a:b:")), None);
-        }
     }
 }

@@ -9,8 +9,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::{Outgoing, Shared, Told, Topic, What};
-use crate::runs::live::Attempt;
+use super::message::Told;
+use super::{Outgoing, Shared, Topic, What};
+use crate::runs::turn::Attempt;
 
 /// Messages that go at once.
 const BATCH: usize = 512;
@@ -168,7 +169,7 @@ mod tests {
     use cloister_runtime::journal::Progress;
 
     use super::*;
-    use crate::runs::live::Delta;
+    use crate::runs::turn::Delta;
 
     fn text(turn: u32, offset: u32, text: &str) -> What {
         let attempt = Attempt { fence: 1, turn, restarts: 0 };

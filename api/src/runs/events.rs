@@ -13,7 +13,8 @@ use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
 use super::journal::items_after;
-use super::live::{Attempt, Delta, Signal, beyond, span};
+use super::live::Signal;
+use super::turn::{Attempt, Delta, beyond, span};
 use crate::app::App;
 use crate::error::Error;
 

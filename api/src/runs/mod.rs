@@ -12,6 +12,7 @@ pub mod record;
 pub mod rest;
 pub mod start;
 pub mod status;
+pub mod turn;
 pub mod wakes;
 
 use async_graphql::Enum;

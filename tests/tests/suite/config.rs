@@ -280,7 +280,10 @@ async fn health_is_told_and_sigterm_ends_well(builder: TestAppBuilder) {
     let health = app.anonymous().rest_get("/healthz").await;
     assert_eq!((health.status.as_u16(), health.body), (200, json!("ok")));
     let ready = app.anonymous().rest_get("/readyz").await;
-    assert_eq!((ready.status.as_u16(), ready.body), (200, json!({"ready": true, "database": "ok", "stopping": false})));
+    assert_eq!(
+        (ready.status.as_u16(), ready.body),
+        (200, json!({"ready": true, "database": "ok", "redis": "off", "stopping": false}))
+    );
     let nothing = app.anonymous().rest_get("/nothing").await;
     assert_eq!((nothing.status.as_u16(), nothing.body), (404, json!({"detail": "There is nothing here."})));
     let status = app.terminate().await;

@@ -441,10 +441,10 @@ async fn a_cancelled_run_is_dropped_by_whichever_replica_has_it() {
         active
     };
     assert_eq!(active().await, 6);
-    let begun = Instant::now();
     for id in &ids {
         granted(try_cancel(&cluster.clients()[1], id).await);
     }
+    let begun = Instant::now();
     until("all are dropped", active, |active| *active == 0).await;
     assert!(begun.elapsed() < Duration::from_secs(5), "long before leases are renewed: {:?}", begun.elapsed());
     stage.model.release_all();
