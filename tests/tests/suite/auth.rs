@@ -210,7 +210,8 @@ fn asks(root: &Root) -> Asks {
         (Kind::Query, "tenants" | "tenantById") => Admin,
         (
             Kind::Mutation,
-            "createTenant" | "updateTenant" | "setTenantPlan" | "suspendTenant" | "resumeTenant" | "deleteTenant",
+            "createTenant" | "updateTenant" | "setTenantPlan" | "suspendTenant" | "resumeTenant" | "deleteTenant"
+            | "createRuntimeToken" | "rotateRuntimeToken" | "revokeRuntimeToken",
         ) => Admin,
         (
             Kind::Mutation,
