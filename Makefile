@@ -1,11 +1,15 @@
 # What a person types. Everything else is cargo.
 
-.PHONY: run test bench setup build
+.PHONY: run run-distributed test bench setup build
 
 # Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
 run:
 	@scripts/setup build
 	cargo run --package cloister-api --bin cloister -- dev
+
+# Try many: PostgreSQL, Redis, two replicas and two workers on this machine, and three commands to copy.
+run-distributed:
+	@scripts/run-distributed
 
 # Everything that must hold: format, lints, every test.
 test: setup

@@ -32,6 +32,8 @@ pub struct Config {
     pub secrets: SecretsConfig,
     /// Providers of models, by name. `demo` is built in, `openai` needs only its key.
     pub providers: BTreeMap<String, ProviderConfig>,
+    /// The built-in provider `demo`.
+    pub demo: DemoConfig,
     /// Models beside, or in place of, the built-in ones.
     pub models: Vec<ModelConfig>,
     /// Plans in place of the built-in ones, by name.
@@ -170,6 +172,20 @@ impl Default for ProviderConfig {
             max_response_bytes: 8 * 1024 * 1024,
             attempts: 3,
         }
+    }
+}
+
+/// `demo`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DemoConfig {
+    /// Milliseconds that its model takes for a word.
+    pub word_ms: u64,
+}
+
+impl Default for DemoConfig {
+    fn default() -> Self {
+        Self { word_ms: 15 }
     }
 }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use log::LevelFilter;
 use migration::{Migrator, MigratorTrait};
-use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
+use sea_orm::sqlx::Connection;
+use sea_orm::sqlx::sqlite::{SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
     ConnectOptions, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, SqliteTransactionMode,
     TransactionOptions, TransactionTrait,
@@ -118,8 +119,16 @@ fn sqlite_options(config: &Config, connections: u32) -> ConnectOptions {
                 .synchronous(synchronous)
                 .foreign_keys(true)
                 .busy_timeout(Duration::from_secs(10))
-        });
+        })
+        .map_sqlx_sqlite_before_acquire(|connection, _| Box::pin(async { Ok(is_between_transactions(connection)) }));
     options
+}
+
+/// Whether the driver has the connection outside of any transaction. A full disk makes SQLite roll back by itself; the
+/// driver's own rollback then fails, and it takes what comes later for parts of a transaction that nobody will commit.
+/// Such a connection is closed, and another opened in its place.
+fn is_between_transactions(connection: &SqliteConnection) -> bool {
+    !connection.is_in_transaction()
 }
 
 /// The exclusive right to serve an SQLite database, held as long as this value lives. A second

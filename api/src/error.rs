@@ -8,7 +8,8 @@
 
 use async_graphql::{Enum, ErrorExtensionValues, ServerError, SimpleObject};
 use http::StatusCode;
-use sea_orm::DbErr;
+use sea_orm::sqlx;
+use sea_orm::{DbErr, RuntimeErr};
 
 use crate::rate::Admission;
 
@@ -51,6 +52,9 @@ pub enum Error {
     /// Two requests wanted the same thing at once; the loser is answered by what the winner made.
     #[error("Another request did this at the same time. Try again.")]
     Conflict,
+    /// The database can't be used now: it is away, starting, or its disk is full. The message is for the log only.
+    #[error("The database can't be used just now. Nothing is lost; try again in a moment.")]
+    Unavailable(String),
     /// Our fault. The message is for the log only.
     #[error("Something went wrong on our side. Tell us the trace id.")]
     Internal(String),
@@ -77,6 +81,7 @@ impl Error {
             Self::Timeout => "TIMEOUT",
             Self::Limit(_) => "LIMIT_EXCEEDED",
             Self::Conflict => "CONFLICT",
+            Self::Unavailable(_) => "UNAVAILABLE",
             Self::Internal(_) => "INTERNAL",
         }
     }
@@ -94,13 +99,22 @@ impl Error {
             Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Conflict => StatusCode::CONFLICT,
             Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// What the log has of a fault, and its client hasn't.
+    pub fn inside(&self) -> Option<&str> {
+        match self {
+            Self::Internal(inside) | Self::Unavailable(inside) => Some(inside),
+            _ => None,
         }
     }
 
     /// As a GraphQL error. A fault is logged here, under the trace id that the client is told.
     pub fn to_graphql(&self, trace_id: &str) -> ServerError {
-        if let Self::Internal(inside) = self {
+        if let Some(inside) = self.inside() {
             tracing::error!(trace_id, error = inside, "internal error");
         }
         let mut error = ServerError::new(self.to_string(), None);
@@ -114,8 +128,52 @@ impl Error {
 
 impl From<DbErr> for Error {
     fn from(error: DbErr) -> Self {
-        Self::Internal(format!("database: {error}"))
+        let inside = format!("database: {error}");
+        if is_passing(&error) { Self::Unavailable(inside) } else { Self::Internal(inside) }
     }
+}
+
+/// Whether the same may well succeed a little later: it is the database's state that is at fault, not the statement.
+fn is_passing(error: &DbErr) -> bool {
+    let (DbErr::Conn(RuntimeErr::SqlxError(error))
+    | DbErr::Exec(RuntimeErr::SqlxError(error))
+    | DbErr::Query(RuntimeErr::SqlxError(error))) = error
+    else {
+        return matches!(error, DbErr::ConnectionAcquire(_));
+    };
+    match error.as_ref() {
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed
+        | sqlx::Error::BeginFailed => true,
+        sqlx::Error::Database(error) => {
+            let code = error.code().unwrap_or_default();
+            match error.kind() {
+                sqlx::error::ErrorKind::Other if code.len() == 5 => is_passing_sqlstate(&code),
+                sqlx::error::ErrorKind::Other => code.parse().is_ok_and(is_passing_sqlite),
+                _ => false,
+            }
+        }
+        _ => false,
+    }
+}
+
+/// PostgreSQL's appendix "Error Codes": connection, rolled back, insufficient resources, shut down or starting, system
+/// error; and a server that is a standby by now.
+fn is_passing_sqlstate(code: &str) -> bool {
+    const CLASSES: [&str; 5] = ["08", "40", "53", "57", "58"];
+    const QUERY_CANCELED: &str = "57014";
+    const READ_ONLY: &str = "25006";
+    (CLASSES.contains(&&code[..2]) && code != QUERY_CANCELED) || code == READ_ONLY
+}
+
+/// SQLite's "Result and Error Codes": busy, locked, read-only, input/output, full, can't open. An extended code has the
+/// primary one in its low byte.
+fn is_passing_sqlite(code: i32) -> bool {
+    matches!(code & 0xff, 5 | 6 | 8 | 10 | 13 | 14)
 }
 
 impl From<serde_json::Error> for Error {

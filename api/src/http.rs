@@ -113,7 +113,7 @@ impl RestError {
 
 impl From<Error> for RestError {
     fn from(error: Error) -> Self {
-        if let Error::Internal(inside) = &error {
+        if let Some(inside) = error.inside() {
             tracing::error!(error = inside, "internal error");
         }
         let mut rest = Self::new(error.status(), error.to_string());

@@ -128,10 +128,7 @@ async fn accept(listener: TcpListener, router: Router, app: &App) -> std::io::Re
 }
 
 fn inside(error: Error) -> String {
-    match error {
-        Error::Internal(inside) => inside,
-        error => error.to_string(),
-    }
+    error.inside().map_or_else(|| error.to_string(), str::to_owned)
 }
 
 /// Nobody else serves an embedded database: its leases and reservations were the last server's.

@@ -14,7 +14,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use futures_util::StreamExt;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -89,7 +88,7 @@ pub fn transcript(spec: &RunSpec, items: Vec<Item>) -> Vec<InputItem> {
 }
 
 async fn take_up(claim: Claim, ports: &Ports, hand_back: &CancellationToken) -> Outcome {
-    let Claim { lease, spec, history, items, deadline, webhook_secrets } = claim;
+    let Claim { lease, spec, history, items, time_left_ms, webhook_secrets } = claim;
     let journal = ports.journal.as_ref();
     let next_sequence = items.last().map_or(1, |item| item.sequence + 1);
     let Some(state) = State::rebuild(&spec, items) else {
@@ -105,17 +104,11 @@ async fn take_up(claim: Claim, ports: &Ports, hand_back: &CancellationToken) -> 
         journal,
         tools: Tools::new(ports.webhooks.clone(), spec.run_id, webhook_secrets),
         hand_back,
-        deadline: local_deadline(deadline),
+        deadline: Instant::now() + Duration::from_millis(time_left_ms),
         taken_over: lease.fence > 1,
         state,
     };
     in_progress.drive().await
-}
-
-/// The moment on this process's monotonic clock.
-#[expect(clippy::disallowed_methods, reason = "a worker has no clock but its own; leases do not depend on it")]
-fn local_deadline(deadline: DateTime<Utc>) -> Instant {
-    Instant::now() + (deadline - Utc::now()).to_std().unwrap_or_default()
 }
 
 /// Why the loop does not go on.

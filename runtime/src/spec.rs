@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -162,8 +161,8 @@ pub struct Claim {
     pub history: Vec<InputItem>,
     /// The run's own journal so far, from sequence 1, without gaps.
     pub items: Vec<Item>,
-    /// When the run fails as TIMEOUT.
-    pub deadline: DateTime<Utc>,
+    /// Milliseconds until the run fails as TIMEOUT. No moment: a worker's clock may be wrong.
+    pub time_left_ms: u64,
     /// Standard-Webhooks secrets (base64, without prefix), newest first; each one signs.
     pub webhook_secrets: Vec<String>,
 }

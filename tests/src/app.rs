@@ -63,6 +63,7 @@ pub struct Tenant {
 #[must_use]
 pub struct TestAppBuilder {
     uses_postgres: bool,
+    database_url: Option<String>,
     model_url: Option<String>,
     environment: Vec<(String, String)>,
     config: String,
@@ -72,6 +73,12 @@ impl TestAppBuilder {
     /// A database in PostgreSQL in place of an SQLite file.
     pub fn postgres(mut self) -> Self {
         self.uses_postgres = true;
+        self
+    }
+
+    /// A database that the test has: PostgreSQL's, or an SQLite file in a place of its choice.
+    pub fn database_url(mut self, url: &str) -> Self {
+        self.database_url = Some(url.to_owned());
         self
     }
 
@@ -111,9 +118,10 @@ impl TestAppBuilder {
     pub async fn start(self) -> TestApp {
         let directory = Scope::current().directory();
         let database = if self.uses_postgres { Some(PostgresDatabase::create().await) } else { None };
-        let database_url = match &database {
-            Some(database) => database.url().to_owned(),
-            None => format!("sqlite://{}", directory.path().join("cloister.db").display()),
+        let database_url = match (&database, self.database_url.clone()) {
+            (_, Some(url)) => url,
+            (Some(database), None) => database.url().to_owned(),
+            (None, None) => format!("sqlite://{}", directory.path().join("cloister.db").display()),
         };
         let config_path = directory.path().join("cloister.toml");
         fs::write(&config_path, self.config_file()).expect("the configuration file is written");
@@ -275,6 +283,20 @@ impl TestApp {
             let _ = server.wait();
             Scope::current().disown(server.id());
         }
+    }
+
+    /// Has the server's process stand still, as a machine would that does: connections stay, and nothing answers.
+    pub fn pause(&self) {
+        self.signal("STOP");
+    }
+
+    /// Lets a paused server go on.
+    pub fn resume(&self) {
+        self.signal("CONT");
+    }
+
+    fn signal(&self, name: &str) {
+        signal(self.server.as_ref().expect("the server is running").id(), name);
     }
 
     /// Asks the server to end with SIGTERM, and waits until it has.

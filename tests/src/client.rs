@@ -106,17 +106,27 @@ impl Client {
     /// # Panics
     /// The server refuses, or is not there within [`PATIENCE`].
     pub async fn reconnect_sse(&self, query: &str, variables: Value) -> SseStream {
+        Self::reconnect_sse_to(std::slice::from_ref(self), query, variables).await
+    }
+
+    /// Subscribes over server-sent events at the first of several servers that takes it; those that are away, or say
+    /// that they can't (5xx), are asked again in turn.
+    ///
+    /// # Panics
+    /// One refuses, or none is there within [`PATIENCE`].
+    pub async fn reconnect_sse_to(clients: &[Client], query: &str, variables: Value) -> SseStream {
         let body = json!({"query": query, "variables": variables});
         let connected = async {
-            loop {
-                let request = self.request(reqwest::Method::POST, "/graphql").header("accept", "text/event-stream");
-                if let Ok(response) = request.json(&body).send().await {
-                    return response;
+            for client in clients.iter().cycle() {
+                let request = client.request(reqwest::Method::POST, "/graphql").header("accept", "text/event-stream");
+                match request.json(&body).send().await {
+                    Ok(response) if !response.status().is_server_error() => return response,
+                    _ => tokio::time::sleep(Duration::from_millis(10)).await,
                 }
-                tokio::time::sleep(Duration::from_millis(10)).await;
             }
+            unreachable!("a cycle has no end");
         };
-        let response = tokio::time::timeout(PATIENCE, connected).await.expect("the server comes back");
+        let response = tokio::time::timeout(PATIENCE, connected).await.expect("a server comes back");
         assert_eq!(response.status(), StatusCode::OK, "the subscription is refused");
         SseStream::new(response)
     }

@@ -2,7 +2,8 @@
 //!
 //! With `CLOISTER_TEST_POSTGRES_URL` (a role that may create databases) they are made on that server.
 //! Otherwise one is started for the test process from the machine's own binaries, on a free port,
-//! without durability, and stopped with the process.
+//! without durability against the machine's crash, and stopped with the process. A test that shuts a server down
+//! starts one of its own ([`PostgresServer`]).
 
 use std::env;
 use std::fs;
@@ -10,15 +11,17 @@ use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use reqwest::Url;
 use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbErr};
+use tempfile::TempDir;
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 
+use crate::app::signal;
 use crate::scope::{EndBy, Scope};
 
 /// Times a server is started before the machine's ports are given up on.
@@ -92,40 +95,105 @@ async fn server() -> Url {
     let start = || async {
         match env::var("CLOISTER_TEST_POSTGRES_URL") {
             Ok(url) => url.parse().expect("CLOISTER_TEST_POSTGRES_URL must be a postgres:// URL"),
-            Err(_) => tokio::task::spawn_blocking(start_server).await.expect("PostgreSQL starts"),
+            Err(_) => {
+                let server = PostgresServer::start().await;
+                let url = server.url();
+                // It serves as long as the process lives; the scope ends it.
+                std::mem::forget(server);
+                url
+            }
         }
     };
     SERVER.get_or_init(start).await.clone()
 }
 
-fn start_server() -> Url {
-    let binaries = binaries();
-    let directory = Scope::current().directory();
-    let data = directory.path().join("data");
-    let run = |program: &str| as_database_user(directory.path(), &binaries.join(program));
-    let output = run("initdb")
-        .arg("--pgdata")
-        .arg(&data)
-        .args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"])
-        .output()
-        .expect("initdb runs");
-    assert!(output.status.success(), "initdb failed: {}", String::from_utf8_lossy(&output.stderr));
-    let port = (0..ATTEMPTS).find_map(|_| serve(run("postgres"), &data)).expect("PostgreSQL starts on a free port");
-    // The scope removes the directory, once the server has ended.
-    let _ = directory.keep();
-    format!("postgres://postgres@127.0.0.1:{port}/postgres").parse().expect("a URL")
+/// A server from the machine's own binaries. It ends, and its data go, when it is dropped.
+pub struct PostgresServer {
+    directory: TempDir,
+    port: u16,
+    process: Option<Child>,
 }
 
-/// Starts the server and returns its port, or none if it ended, such as when another process took the port.
-fn serve(mut postgres: Command, data: &Path) -> Option<u16> {
-    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|free| free.local_addr()).ok()?.port();
-    postgres.arg("-D").arg(data).args(["-p", &port.to_string()]);
+/// How a server is shut down.
+#[derive(Clone, Copy, Debug)]
+pub enum Shutdown {
+    /// Ends connections in order and writes everything out.
+    Fast,
+    /// Ends at once, as a crash does; the next start recovers.
+    Immediate,
+}
+
+impl PostgresServer {
+    /// Makes a cluster of databases and starts a server on it, on a free port.
+    ///
+    /// # Panics
+    /// There is no PostgreSQL to be had; the message says what to do.
+    pub async fn start() -> PostgresServer {
+        let start = || {
+            let directory = Scope::current().directory();
+            let mut initdb = as_database_user(directory.path(), &binaries().join("initdb"));
+            initdb.arg("--pgdata").arg(data(&directory));
+            initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]);
+            let output = initdb.output().expect("initdb runs");
+            assert!(output.status.success(), "initdb failed: {}", String::from_utf8_lossy(&output.stderr));
+            let started = (0..ATTEMPTS).find_map(|_| {
+                let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|free| free.local_addr());
+                let port = free.ok()?.port();
+                Some((port, serve(&directory, port)?))
+            });
+            let (port, process) = started.expect("PostgreSQL starts on a free port");
+            PostgresServer { directory, port, process: Some(process) }
+        };
+        tokio::task::spawn_blocking(start).await.expect("PostgreSQL starts")
+    }
+
+    /// The URL of its database `postgres`.
+    pub fn url(&self) -> Url {
+        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port).parse().expect("a URL")
+    }
+
+    /// Shuts it down and waits until it has ended.
+    pub fn stop(&mut self, how: Shutdown) {
+        let Some(mut process) = self.process.take() else { return };
+        let name = match how {
+            Shutdown::Fast => "INT",
+            Shutdown::Immediate => "QUIT",
+        };
+        signal(process.id(), name);
+        let _ = process.wait();
+        Scope::current().disown(process.id());
+    }
+
+    /// Starts it again, on its data and port, and returns once it takes connections.
+    ///
+    /// # Panics
+    /// It doesn't start.
+    pub fn start_again(&mut self) {
+        self.stop(Shutdown::Fast);
+        self.process = Some(serve(&self.directory, self.port).expect("PostgreSQL starts again"));
+    }
+}
+
+impl Drop for PostgresServer {
+    fn drop(&mut self) {
+        self.stop(Shutdown::Immediate);
+    }
+}
+
+fn data(directory: &TempDir) -> PathBuf {
+    directory.path().join("data")
+}
+
+/// Starts the server; none if it ended, such as when another process took the port.
+fn serve(directory: &TempDir, port: u16) -> Option<Child> {
+    let mut postgres = as_database_user(directory.path(), &binaries().join("postgres"));
+    postgres.arg("-D").arg(data(directory)).args(["-p", &port.to_string()]);
     for setting in [
         "listen_addresses=127.0.0.1",
         "unix_socket_directories=",
         "max_connections=400",
+        // The machine doesn't crash; the server may, and then must lose no commit.
         "fsync=off",
-        "synchronous_commit=off",
         "full_page_writes=off",
     ] {
         postgres.args(["-c", setting]);
@@ -135,11 +203,8 @@ fn serve(mut postgres: Command, data: &Path) -> Option<u16> {
     let mut log = BufReader::new(server.stderr.take().expect("piped")).lines().map_while(Result::ok);
     if log.any(|line| line.contains("ready to accept connections")) {
         // Its log must be read on, or the server stands still once the pipe is full.
-        thread::spawn(move || {
-            log.for_each(drop);
-            let _ = server.wait();
-        });
-        return Some(port);
+        thread::spawn(move || log.for_each(drop));
+        return Some(server);
     }
     let _ = server.wait();
     Scope::current().disown(server.id());

@@ -8,18 +8,20 @@ use std::fs::{self, Permissions};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{LazyLock, Mutex};
 
 use tempfile::TempDir;
 
-/// Reads lines `+ PID SIGNAL` and `- PID`. The wait at the end is bounded: where nobody reaps an
+/// Reads lines `+ PID SIGNAL`, `- PID` and `m DIRECTORY`, which has a file system mounted. The wait at the end is bounded: where nobody reaps an
 /// orphan, it can be signalled for ever.
 const CLEANER: &str = r#"
 list=
+mounts=
 while read -r change pid signal; do
   case $change in
+    m) mounts="$mounts $pid" ;;
     +) list="$list $signal:$pid" ;;
     -) kept=
        for entry in $list; do [ "${entry#*:}" = "$pid" ] || kept="$kept $entry"; done
@@ -31,8 +33,27 @@ for entry in $list; do
   tries=0
   while kill -0 "${entry#*:}" && [ $tries -lt 50 ]; do sleep 0.1; tries=$((tries + 1)); done
 done
+for mount in $mounts; do umount -l "$mount"; done
 rm -rf "$1"
 "#;
+
+/// A mounted file system; it goes when it is dropped, after whoever has files open in it.
+pub struct SmallDisk {
+    directory: TempDir,
+}
+
+impl SmallDisk {
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.directory.path()).status();
+    }
+}
 
 /// How a left-over child is ended.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +98,18 @@ impl Scope {
     /// A new directory, removed when the value is dropped, at the latest with the process.
     pub fn directory(&self) -> TempDir {
         TempDir::new_in(&self.root).expect("temporary directory")
+    }
+
+    /// A file system in memory that holds `mebibytes` and no more. None where this process may not mount.
+    pub fn small_disk(&self, mebibytes: u32) -> Option<SmallDisk> {
+        let directory = self.directory();
+        let size = format!("size={mebibytes}m");
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(directory.path()).output();
+        if !mount.is_ok_and(|output| output.status.success()) {
+            return None;
+        }
+        self.tell(&format!("m {}\n", directory.path().display()));
+        Some(SmallDisk { directory })
     }
 
     /// Has `pid` ended when this process ends.

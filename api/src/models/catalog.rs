@@ -146,7 +146,10 @@ async fn sync_price(
 
 fn providers(config: &Config) -> Result<BTreeMap<String, Arc<Provider>>, Error> {
     let mut providers = BTreeMap::new();
-    providers.insert("demo".to_owned(), Arc::new(Provider::Demo(DemoProvider::new(Duration::from_millis(15)))));
+    providers.insert(
+        "demo".to_owned(),
+        Arc::new(Provider::Demo(DemoProvider::new(Duration::from_millis(config.demo.word_ms)))),
+    );
     for (name, provider) in &config.providers {
         let http = HttpProvider::new(http_config(name, provider)?).map_err(Error::internal)?;
         providers.insert(name.clone(), Arc::new(Provider::Http(http)));

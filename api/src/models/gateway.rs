@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder, Retryable};
+use backon::{BackoffBuilder, ExponentialBuilder};
 use cloister_runtime::item::{RunErrorCode, TokenUsage};
 use cloister_runtime::model::{ModelError, ModelEvent, ModelRequest, ModelResponse, Part};
 use cloister_runtime::recorder::TurnRecorder;
@@ -35,6 +35,9 @@ const DRAIN: Duration = Duration::from_secs(60);
 const CHECKPOINT: Duration = Duration::from_secs(1);
 /// The longest `Retry-After` that is waited for; a provider that asks for more counts as unavailable.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// Pauses while the database can't be used.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Events that may wait for the caller before the provider is read no further.
 const BUFFER: usize = 64;
 
@@ -111,15 +114,13 @@ impl Call {
         loop {
             attempt += 1;
             let ask = Ask { attempt, input_tokens, max_output };
-            let reserve = || quota::reserve(&self.app, &self.origin, ask);
-            let reserve = reserve.retry(patience()).when(|denied| matches!(denied, Denied::Fault(_)));
             let reserved = tokio::select! {
-                reserved = reserve => reserved,
+                reserved = insist("a reservation", || self.reserve(ask)) => reserved?,
                 () = self.events.closed() => return Ok(Err(ModelError::LeaseLost)),
             };
             let reserved = match reserved {
                 Ok(reserved) => reserved,
-                Err(denied) => return self.denied(denied),
+                Err(denied) => return Ok(denied),
             };
             let mut request = self.request.clone();
             if reserved.max_output < max_output {
@@ -144,19 +145,28 @@ impl Call {
         }
     }
 
-    fn denied(&self, denied: Denied) -> Result<Result<ModelEvent, ModelError>, Error> {
-        match denied {
+    /// A reservation, or what the call comes to without one.
+    async fn reserve(&self, ask: Ask) -> Result<Result<Reserved, Result<ModelEvent, ModelError>>, Error> {
+        Ok(match quota::reserve(&self.app, &self.origin, ask).await {
+            Ok(reserved) => Ok(reserved),
             // Others' calls hold what is left: the run waits as if it were used up.
-            Denied::Exhausted | Denied::Busy => Ok(Err(ModelError::QuotaExhausted)),
-            Denied::RunLimit => Ok(failed(RunErrorCode::TokenLimit, "The run's maxTokens are used up.")),
-            Denied::Fault(error) => Err(error),
-        }
+            Err(Denied::Exhausted | Denied::Busy) => Err(Err(ModelError::QuotaExhausted)),
+            Err(Denied::RunLimit) => Err(failed(RunErrorCode::TokenLimit, "The run's maxTokens are used up.")),
+            Err(Denied::Fault(error)) => return Err(error),
+        })
     }
 
     /// One attempt: from its reservation to its settlement or release.
     async fn attempt(&self, provider: &Provider, request: &ModelRequest, reserved: Reserved) -> Result<Attempt, Error> {
         let reservation = reserved.reservation;
-        (|| quota::mark_sent(&self.app, reservation.call_id)).retry(patience()).await?;
+        if !insist("marking a call as sent", || quota::mark_sent(&self.app, reservation.call_id)).await? {
+            return Ok(Attempt::Again { message: "The call's reservation had lapsed.".to_owned(), wait: None });
+        }
+        // Marked or not, nothing was sent: whoever waited for it may be gone by now.
+        if self.events.is_closed() {
+            self.release(&reservation).await?;
+            return Ok(Attempt::Over(Err(ModelError::LeaseLost)));
+        }
         let sending = provider.send(&self.origin.model.model.upstream, request);
         match self.while_open(&reservation, sending).await {
             Ok(answer) => self.stream(answer, &reservation).await.map(Attempt::Over),
@@ -179,8 +189,9 @@ impl Call {
         }
     }
 
+    /// Gives back what a call reserved that nobody is charged for.
     async fn release(&self, reservation: &quota_reservations::Model) -> Result<(), Error> {
-        (|| quota::release(&self.app, reservation.call_id)).retry(patience()).await
+        insist("giving back a reservation", || quota::release(&self.app, reservation.call_id)).await
     }
 
     /// Passes an answer on to the caller, and settles what it cost whatever becomes of either.
@@ -282,14 +293,14 @@ impl Call {
             steps: journal.recorder.steps(response),
         });
         let settlement = Settlement { reservation: reservation.clone(), usage };
-        let mut pause = Duration::from_millis(50);
+        let mut pause = FIRST_PAUSE;
         let verdict = loop {
             match record::settle(&self.app, settlement.clone(), append.clone()).await {
                 Ok(verdict) => break verdict,
                 Err(error) => {
                     tracing::error!(%error, inside = ?error, call_id = %reservation.call_id, "a call could not be settled yet");
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_secs(5));
+                    pause = Ord::min(pause * 2, LONGEST_PAUSE);
                 }
             }
         };
@@ -323,17 +334,6 @@ impl Call {
             tracing::warn!(inside = ?error, call_id = %reservation.call_id, "a reservation was not extended");
         }
     }
-}
-
-/// How a call waits for a database that can't be reached: less than a lease lasts (30 s), after which the run is
-/// another worker's.
-fn patience() -> ExponentialBuilder {
-    ExponentialBuilder::default()
-        .with_jitter()
-        .with_min_delay(Duration::from_millis(50))
-        .with_max_delay(Duration::from_secs(2))
-        .with_total_delay(Some(Duration::from_secs(20)))
-        .without_max_times()
 }
 
 /// What has arrived of an answer, to count it by.
@@ -376,6 +376,23 @@ impl PartialParts {
 
 fn failed(code: RunErrorCode, message: impl Into<String>) -> Result<ModelEvent, ModelError> {
     Err(ModelError::Failed { code, message: message.into() })
+}
+
+/// Does something again and again while the database can't be used. It must bear repeating: an answer may have been
+/// lost of what was done.
+async fn insist<T, F>(what: &str, work: impl Fn() -> F) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Error>>,
+{
+    let mut pause = FIRST_PAUSE;
+    loop {
+        match work().await {
+            Err(Error::Unavailable(inside)) => tracing::warn!(inside, "{what} waits for the database"),
+            done => return done,
+        }
+        tokio::time::sleep(pause).await;
+        pause = Ord::min(pause * 2, LONGEST_PAUSE);
+    }
 }
 
 async fn sleep_until(at: Option<Instant>) {

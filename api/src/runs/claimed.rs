@@ -1,6 +1,5 @@
 //! What is done with a claimed run, whichever worker executes it: one of this process's pool, or one apart.
 
-use chrono::TimeDelta;
 use cloister_runtime::item::{Body, Item, RunErrorCode, Step};
 use cloister_runtime::journal::Journal;
 use cloister_runtime::model::{Model, ModelCall, ModelError, ModelEvent};
@@ -38,7 +37,7 @@ pub async fn prepare(app: &App, run: &runs::Model) -> Result<Claim, Error> {
     for (earlier, items) in earlier_runs(app, run).await? {
         history.extend(transcript(&serde_json::from_value(earlier.spec)?, items));
     }
-    let left = TimeDelta::seconds(i64::from(run.timeout_seconds)) - TimeDelta::milliseconds(run.held_ms);
+    let left = i64::from(run.timeout_seconds) * 1_000 - queue::held_ms(run, app.clock.now());
     let calls_webhooks = spec.agents.values().any(|agent| !agent.tools.is_empty());
     let webhook_secrets = if calls_webhooks { webhook_secrets(app, run.tenant_id).await? } else { Vec::new() };
     Ok(Claim {
@@ -46,7 +45,7 @@ pub async fn prepare(app: &App, run: &runs::Model) -> Result<Claim, Error> {
         spec,
         history,
         items,
-        deadline: run.claimed_at.unwrap_or(run.created_at) + left,
+        time_left_ms: u64::try_from(left).unwrap_or(0),
         webhook_secrets,
     })
 }
@@ -75,12 +74,12 @@ async fn earlier_runs(app: &App, run: &runs::Model) -> Result<Vec<(runs::Model, 
     Ok(with_items.collect())
 }
 
-/// What keeps a run from being prepared may pass, as a database that is away does: its lease lapses, and
-/// it is claimed again. What has not passed after several claims won't: the run ends.
+/// What keeps a run from being prepared may pass: its lease lapses, and it is claimed again. What has not passed after
+/// several claims won't, unless it is only that the database is away: the run ends.
 pub async fn retry_or_fail(app: &App, run: &runs::Model, error: &Error) {
     const CLAIMS: i64 = 5;
     tracing::error!(run_id = %run.id, inside = ?error, "a run could not be prepared");
-    if run.fence < CLAIMS {
+    if run.fence < CLAIMS || matches!(error, Error::Unavailable(_)) {
         return;
     }
     let body = Body::failed(RunErrorCode::Internal, "The run could not be executed. Tell us its id.");

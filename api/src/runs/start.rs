@@ -85,7 +85,7 @@ pub async fn alone(
     fingerprint: &str,
     begins_conversation: bool,
 ) -> Outcome<runs::Model> {
-    let conversation_id = begins_conversation.then(Uuid::now_v7);
+    let conversation_id = begins_conversation.then(|| app.clock.new_id());
     let start = Start::new(app, viewer, new, frozen, fingerprint, conversation_id)?;
     match batch::write(app, Start { begins_conversation, ..start }).await? {
         Started::Run(run) => Ok(*run),
@@ -162,7 +162,7 @@ impl Start {
         fingerprint: &str,
         conversation_id: Option<Uuid>,
     ) -> Result<Self, Error> {
-        let id = Uuid::now_v7();
+        let id = app.clock.new_id();
         let agent_name = frozen.root_name().to_owned();
         let spec = RunSpec {
             run_id: id,

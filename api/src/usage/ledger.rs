@@ -7,7 +7,7 @@ use entity::{Shared, TenantOwned, prices, quota_reservations, usage_records};
 use sea_orm::sea_query::OnConflict;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter,
-    Statement,
+    QuerySelect, Statement,
 };
 use uuid::Uuid;
 
@@ -29,7 +29,7 @@ pub struct Settlement {
 }
 
 /// Records what calls were charged, in the caller's transaction: the rows, the days' totals and the reservations. For
-/// a call that is recorded already nothing happens.
+/// a call that is recorded already nothing happens, unless it was an estimate and the provider's count comes after all.
 pub async fn settle(tx: &DatabaseTransaction, settlements: &[Settlement]) -> Result<(), Error> {
     if settlements.is_empty() {
         return Ok(());
@@ -39,8 +39,8 @@ pub async fn settle(tx: &DatabaseTransaction, settlements: &[Settlement]) -> Res
         .on_conflict(OnConflict::new().do_nothing().to_owned())
         .exec_with_returning_keys(tx)
         .await?;
-    let new: HashSet<Uuid> = inserted.into_iter().map(|(call_id, _)| call_id).collect();
-    let new = || settlements.iter().filter(|settlement| new.contains(&settlement.reservation.call_id));
+    let new_ids: HashSet<Uuid> = inserted.into_iter().map(|(call_id, _)| call_id).collect();
+    let new = || settlements.iter().filter(|settlement| new_ids.contains(&settlement.reservation.call_id));
     let mut totals: BTreeMap<TotalsKey, Totals> = BTreeMap::new();
     for settlement in new() {
         totals.entry(TotalsKey::of(&settlement.reservation)).or_default().add(&settlement.usage);
@@ -49,8 +49,44 @@ pub async fn settle(tx: &DatabaseTransaction, settlements: &[Settlement]) -> Res
     for (key, totals) in totals {
         add_to_totals(tx, key, totals).await?;
     }
-    quota::take(tx, new().map(|settlement| (settlement.reservation.call_id, settlement.usage.total_tokens())).collect())
-        .await
+    quota::take(
+        tx,
+        new().map(|settlement| (settlement.reservation.call_id, settlement.usage.total_tokens())).collect(),
+    )
+    .await?;
+    for settlement in settlements {
+        if !settlement.usage.estimated && !new_ids.contains(&settlement.reservation.call_id) {
+            correct(tx, settlement).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts the provider's count in an estimate's place: the call's process stood still, or could not reach the database,
+/// for so long that the call was taken for an orphan, but it lived.
+async fn correct(tx: &DatabaseTransaction, settlement: &Settlement) -> Result<(), Error> {
+    let Settlement { reservation, usage } = settlement;
+    let estimate = usage_records::Entity::in_tenant(reservation.tenant_id)
+        .filter(usage_records::Column::CallId.eq(reservation.call_id))
+        .filter(usage_records::Column::CreatedAt.eq(reservation.created_at))
+        .filter(usage_records::Column::Estimated.eq(true))
+        .lock_exclusive()
+        .one(tx)
+        .await?;
+    let Some(estimate) = estimate else { return Ok(()) };
+    let tokens = TokenUsage {
+        input_tokens: usage.input_tokens - estimate.input_tokens,
+        cache_read_tokens: usage.cache_read_tokens - estimate.cache_read_tokens,
+        cache_write_tokens: usage.cache_write_tokens - estimate.cache_write_tokens,
+        output_tokens: usage.output_tokens - estimate.output_tokens,
+        reasoning_tokens: usage.reasoning_tokens - estimate.reasoning_tokens,
+        cost_nano_usd: usage.cost_nano_usd - estimate.cost,
+        estimated: false,
+    };
+    record(settlement).into_active_model().reset_all().update(tx).await?;
+    let difference = Totals { requests: 0, estimated_requests: -1, tokens };
+    add_to_totals(tx, TotalsKey::of(reservation), difference).await?;
+    quota::add_used(tx, reservation, tokens.total_tokens()).await
 }
 
 fn record(Settlement { reservation, usage }: &Settlement) -> usage_records::Model {

@@ -224,7 +224,7 @@ impl Batched for Reserve {
                 counted.reserved += tokens;
                 counted.added += tokens;
             }
-            let reservation = asked.reservation(&period, now);
+            let reservation = asked.reservation(app.clock.new_id(), &period, now);
             granted.push(reservation.clone().into_active_model().reset_all());
             reserved.push(Some(reservation));
         }
@@ -240,10 +240,10 @@ impl Batched for Reserve {
 }
 
 impl Reserve {
-    fn reservation(&self, period: &str, now: DateTime<Utc>) -> quota_reservations::Model {
+    fn reservation(&self, call_id: Uuid, period: &str, now: DateTime<Utc>) -> quota_reservations::Model {
         let origin = &self.origin;
         quota_reservations::Model {
-            call_id: Uuid::now_v7(),
+            call_id,
             tenant_id: origin.tenant_id,
             run_id: origin.run_id,
             run_limited: origin.run_limit.is_some(),
@@ -459,42 +459,45 @@ async fn move_counter(tx: &DatabaseTransaction, counter: &Counter, used: i64, re
 pub struct Send(Uuid);
 
 impl Batched for Send {
-    type Done = ();
+    /// Whether the reservation stands.
+    type Done = bool;
 
     fn batch(app: &App) -> &Batch<Self> {
         &app.batches.send
     }
 
-    async fn write(app: &App, calls: Vec<Self>) -> Result<Vec<()>, Error> {
+    async fn write(app: &App, calls: Vec<Self>) -> Result<Vec<bool>, Error> {
         let sent = quota_reservations::ActiveModel { sent: Set(true), ..Default::default() };
-        touch(app, calls.iter().map(|call| call.0), sent).await?;
-        Ok(vec![(); calls.len()])
+        let standing = touch(app, calls.iter().map(|call| call.0), sent).await?;
+        Ok(calls.iter().map(|call| standing.contains(&call.0)).collect())
     }
 }
 
-/// Marks a reservation before the request's first byte goes out: from now on its call may be charged.
-pub async fn mark_sent(app: &App, call_id: Uuid) -> Result<(), Error> {
+/// Marks a reservation before the request's first byte goes out: from now on its call may be charged. False if it was
+/// given back: this process stood still for so long that it was taken for dead.
+pub async fn mark_sent(app: &App, call_id: Uuid) -> Result<bool, Error> {
     batch::write(app, Send(call_id)).await
 }
 
 /// Extends a reservation whose answer is open, and notes how much output has arrived.
 pub async fn checkpoint(app: &App, call_id: Uuid, output_tokens: i64) -> Result<(), Error> {
     let row = quota_reservations::ActiveModel { output_tokens: Set(output_tokens), ..Default::default() };
-    touch(app, std::iter::once(call_id), row).await
+    touch(app, std::iter::once(call_id), row).await?;
+    Ok(())
 }
 
 async fn touch(
     app: &App,
     call_ids: impl Iterator<Item = Uuid>,
     mut row: quota_reservations::ActiveModel,
-) -> Result<(), Error> {
+) -> Result<BTreeSet<Uuid>, Error> {
     row.expires_at = Set(app.clock.now() + LIFETIME);
-    quota_reservations::Entity::update_many()
+    let touched = quota_reservations::Entity::update_many()
         .set(row)
         .filter(quota_reservations::Column::CallId.is_in(call_ids))
-        .exec(app.db.write())
+        .exec_with_returning(app.db.write())
         .await?;
-    Ok(())
+    Ok(touched.into_iter().map(|reservation| reservation.call_id).collect())
 }
 
 /// Gives back a reservation whose call came to nothing.
@@ -523,6 +526,18 @@ pub async fn take(tx: &DatabaseTransaction, used: BTreeMap<Uuid, i64>) -> Result
     }
     for (counter, (used, reserved)) in moves {
         move_counter(tx, &counter, used, reserved).await?;
+    }
+    Ok(())
+}
+
+/// Adds to what a call used whose reservation is gone; the amount may be negative.
+pub async fn add_used(
+    tx: &DatabaseTransaction,
+    reservation: &quota_reservations::Model,
+    tokens: i64,
+) -> Result<(), Error> {
+    for counter in counters_of(reservation) {
+        move_counter(tx, &counter, tokens, 0).await?;
     }
     Ok(())
 }

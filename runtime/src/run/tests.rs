@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Mutex;
 
 use async_trait::async_trait;
-use chrono::TimeDelta;
+use chrono::DateTime;
 use futures_util::stream::{self, BoxStream};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -72,7 +72,7 @@ struct Stage {
     stop: Stop,
     spec: RunSpec,
     fence: i64,
-    deadline: DateTime<Utc>,
+    time_left_ms: u64,
 }
 
 impl Stage {
@@ -89,7 +89,7 @@ impl Stage {
                 input: "Hi".into(),
             },
             fence: 1,
-            deadline: in_milliseconds(60_000),
+            time_left_ms: 60_000,
         };
         stage.store(None, Body::Message { index: None, role: Role::User, text: "Hi".into() });
         stage
@@ -118,7 +118,7 @@ impl Stage {
             spec: self.spec.clone(),
             history: vec![InputItem::Assistant { text: "Earlier".into() }],
             items: self.journal.items.lock().unwrap().clone(),
-            deadline: self.deadline,
+            time_left_ms: self.time_left_ms,
             webhook_secrets: vec![],
         }
     }
@@ -202,11 +202,6 @@ fn agent(name: &str) -> AgentSpec {
         reset_tool_choice: true,
         max_tool_concurrency: 8,
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "the loop's own clock")]
-fn in_milliseconds(milliseconds: i64) -> DateTime<Utc> {
-    Utc::now() + TimeDelta::milliseconds(milliseconds)
 }
 
 /// An agent's id follows from its name.
@@ -516,7 +511,7 @@ async fn time_over_answers_open_calls() {
     let (fast, _) = endpoint("fast", Duration::ZERO).await;
     let root = with_tools(with_handoffs(agent("A"), &["A"]), vec![tool("slow", &slow), tool("fast", &fast)]);
     let mut stage = Stage::new(vec![root]).responds(vec![call(2, "slow"), call(3, "fast"), call(4, "transfer_to_a")]);
-    stage.deadline = in_milliseconds(400);
+    stage.time_left_ms = 400;
     assert_eq!(stage.run().await, Outcome::Ended);
     stage.assert_failed(RunErrorCode::Timeout);
     let stored = [
@@ -527,9 +522,9 @@ async fn time_over_answers_open_calls() {
     assert_eq!(stage.outputs(), stored.map(|(id, output)| (id.to_owned(), output.to_owned())));
     assert_eq!(*stage.journal.appends.lock().unwrap(), [4, 1, 3]);
 
-    // Past before it began: no model call is made.
+    // Over before it began: no model call is made.
     let mut stage = Stage::new(vec![agent("A")]).responds(vec![text("X")]);
-    stage.deadline = in_milliseconds(-1_000);
+    stage.time_left_ms = 0;
     assert_eq!(stage.run().await, Outcome::Ended);
     stage.assert_failed(RunErrorCode::Timeout);
     assert_eq!(stage.request_count(), 0);

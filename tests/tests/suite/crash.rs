@@ -1,22 +1,23 @@
 //! The server dies, or is asked to go, in the middle of runs; the next one goes on with them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use cloister_tests::app::TestAppBuilder;
 use cloister_tests::model_server::RecordedRequest;
-use cloister_tests::{Client, ModelServer, Reply, Tenant, TestApp, ToolAnswer, ToolServer};
+use cloister_tests::{ModelServer, Reply, Tenant, TestApp, ToolAnswer, ToolServer};
 use entity::quota_reservations;
 use entity::runs::Status;
 use futures_util::future::join_all;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, Statement};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::both::on_both;
+use super::follow::{Followed, follow, turn_of};
 use super::ledger::{
     EVENTS, agent, agreed, eventually, exact, journal, on_run, reservations, rows, rows_of, run_row, settled, start,
     stored_status, until, uuid,
@@ -35,101 +36,8 @@ on_both!(
 /// Turns of a talkative run.
 const TURNS: u64 = 5;
 
-/// What a subscriber has of a run, over all its connections.
-#[derive(Default)]
-pub struct Followed {
-    /// The items, as they came.
-    pub items: Vec<Value>,
-    /// Text of parts in progress, by turn and index.
-    parts: BTreeMap<(i64, i64), String>,
-    /// Parts that stood half told when a connection broke.
-    torn: BTreeSet<(i64, i64)>,
-    /// Messages and calls that their deltas had told whole.
-    pub told_whole: usize,
-}
-
-impl Followed {
-    fn cursor(&self) -> i64 {
-        self.items.last().map_or(0, |item| item["sequence"].as_i64().unwrap())
-    }
-
-    fn ended(&self) -> bool {
-        let status = self.items.last().map(|item| &item["status"]);
-        status.is_some_and(|status| ["SUCCEEDED", "FAILED", "CANCELLED"].iter().any(|end| status == end))
-    }
-
-    fn take(&mut self, event: &Value) {
-        let int = |name: &str| event[name].as_i64().unwrap_or_else(|| panic!("{event}"));
-        match event["__typename"].as_str().unwrap() {
-            "RunItemAdded" => self.take_item(&event["item"]),
-            "TextDelta" | "ArgumentsDelta" => {
-                let at = (int("turn"), int("index"));
-                let offset = usize::try_from(int("offset")).unwrap();
-                let part = self.parts.entry(at).or_default();
-                assert!(offset <= part.len(), "a gap before {event}, after {part:?}");
-                if offset == 0 {
-                    self.torn.remove(&at);
-                }
-                part.truncate(offset);
-                part.push_str(event["text"].as_str().unwrap());
-            }
-            "TurnRestarted" => {
-                let turn = int("turn");
-                self.parts.retain(|(of, _), _| *of != turn);
-                self.torn.retain(|(of, _)| *of != turn);
-            }
-            other => panic!("an event of type {other}"),
-        }
-    }
-
-    fn take_item(&mut self, item: &Value) {
-        assert_eq!(item["sequence"], self.cursor() + 1, "neither a gap nor a repeat");
-        let text = match item["__typename"].as_str().unwrap() {
-            "MessageItem" => item["text"].as_str(),
-            "ToolCallItem" => item["arguments"].as_str(),
-            _ => None,
-        };
-        if let (Some(text), Some(turn), Some(index)) = (text, item["turn"].as_i64(), item["index"].as_i64())
-            && let Some(told) = self.parts.remove(&(turn, index))
-        {
-            if self.torn.remove(&(turn, index)) {
-                assert!(text.starts_with(&told), "{told:?} of {item}");
-            } else {
-                assert_eq!(told, text, "the deltas of {item}");
-                self.told_whole += 1;
-            }
-        }
-        self.items.push(item.clone());
-    }
-
-    fn connection_broke(&mut self) {
-        self.torn.extend(self.parts.keys());
-    }
-}
-
-/// Follows a run to its end, over as many connections as it takes; counts the events.
-pub async fn follow(client: Client, run: String, count: watch::Sender<usize>) -> Followed {
-    let mut followed = Followed::default();
-    while !followed.ended() {
-        let variables = json!({"run": run, "after": followed.cursor()});
-        let mut events = client.reconnect_sse(EVENTS, variables).await;
-        while let Some(result) = events.next_result().await {
-            followed.take(&result["data"]["runEvents"]);
-            count.send_modify(|count| *count += 1);
-        }
-        assert!(!events.completed() || followed.ended(), "complete before the run's end");
-        followed.connection_broke();
-    }
-    followed
-}
-
-/// The turn that a request asks for: one more than the answers it has seen.
-fn turn_of(request: &RecordedRequest) -> u64 {
-    1 + request.messages().iter().filter(|message| message["role"] == "assistant").count() as u64
-}
-
 /// Waits until the dead server's last word to the database is done. PostgreSQL may still be at it.
-async fn silent(db: &DatabaseConnection) {
+pub async fn silent(db: &DatabaseConnection) {
     if db.get_database_backend() != DbBackend::Postgres {
         return;
     }
@@ -143,7 +51,7 @@ async fn silent(db: &DatabaseConnection) {
 }
 
 /// On PostgreSQL a dead server's reservations stand until they lapse; this is what time does.
-async fn let_reservations_lapse(db: &DatabaseConnection) {
+pub async fn let_reservations_lapse(db: &DatabaseConnection) {
     if db.get_database_backend() == DbBackend::Postgres {
         let sql = "UPDATE quota_reservations SET expires_at = now() - interval '1 second'";
         db.execute_unprepared(sql).await.unwrap();
@@ -207,7 +115,7 @@ async fn runs_survive_kills_at_twenty_points(builder: TestAppBuilder) {
         runs.push(start(client, &agent, &format!("Lauf {number}")).await);
     }
     let count = watch::Sender::new(0);
-    let following = runs.iter().map(|run| tokio::spawn(follow(client.clone(), run.clone(), count.clone())));
+    let following = runs.iter().map(|run| tokio::spawn(follow(vec![client.clone()], run.clone(), count.clone())));
     let following: Vec<_> = following.collect();
 
     let mut wrecks = Vec::new();

@@ -12,6 +12,8 @@ mod config;
 mod conversations;
 mod crash;
 mod events;
+mod faults;
+mod follow;
 mod generated;
 mod handoffs;
 mod invoice;

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use super::both::on_both;
 use super::calls::{self, done};
-use super::crash::follow;
+use super::follow::follow;
 use super::ledger::{
     EVENTS, agent, agreed, eventually, exact, journal, look, on_run, rows_of, run_row, settled, start, stored_status,
     until,
@@ -62,7 +62,7 @@ async fn a_dedicated_tenants_runs_wait_for_its_own_worker(builder: TestAppBuilde
     until(&shared.client, &start(&shared.client, &others, "Shared").await, "SUCCEEDED").await;
     assert_eq!(look(&tenant.client, &run).await["status"], "QUEUED", "the shared pool has taken it");
 
-    let following = tokio::spawn(follow(tenant.client.clone(), run.clone(), watch::Sender::new(0)));
+    let following = tokio::spawn(follow(vec![tenant.client.clone()], run.clone(), watch::Sender::new(0)));
     let worker = Worker::start(&app, &tenant).await;
     let followed = following.await.unwrap();
     assert_eq!(followed.told_whole, 3, "two messages and a call by their deltas: {:?}", followed.items);
@@ -102,7 +102,7 @@ async fn a_killed_workers_run_goes_on_with_the_next_one(builder: TestAppBuilder)
     let mut first = Worker::builder(&app, &token).start().await;
     let run = start(&tenant.client, &agent, "Hi").await;
     let mut events = tenant.client.subscribe_sse(EVENTS, json!({"run": run, "after": 0})).await;
-    let following = tokio::spawn(follow(tenant.client.clone(), run.clone(), watch::Sender::new(0)));
+    let following = tokio::spawn(follow(vec![tenant.client.clone()], run.clone(), watch::Sender::new(0)));
     // Into the second turn, of which something has been told.
     loop {
         let event = events.next_result().await.expect("an event")["data"]["runEvents"].clone();
