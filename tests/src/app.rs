@@ -192,6 +192,7 @@ impl TestApp {
             admin_key: self.admin_key.clone(),
             environment: self.environment.clone(),
             address: ([127, 0, 0, 1], 0).into(),
+            runtime_address: ([127, 0, 0, 1], 0).into(),
             server: None,
             log: Arc::default(),
             database_url: self.database_url.clone(),
