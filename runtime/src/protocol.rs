@@ -39,7 +39,7 @@ pub const KEEP_ALIVE_MS: u64 = 10_000;
 /// `POST claims`
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct ClaimRequest {
-    /// The most runs to be given; [`MAX_CLAIMS`] at most are.
+    /// The most runs to be given: from 1 to [`MAX_CLAIMS`].
     pub max: u32,
     /// Milliseconds to wait while there are none; [`MAX_WAIT_MS`] at most.
     pub wait_ms: u64,

@@ -82,9 +82,9 @@ fn note(refused: &Refused, caller: Option<&Caller>, path: &str) {
     let (code, message) = (refused.code.name(), &refused.message);
     match caller {
         Some(caller) => {
-            let run_id = path.split('/').filter_map(|part| part.parse::<Uuid>().ok()).next();
+            let run_id = path.split('/').find_map(|part| part.parse::<Uuid>().ok()).map(tracing::field::display);
             let (token_id, tenant_id) = (caller.token_id, caller.tenant.id);
-            tracing::warn!(%token_id, %tenant_id, ?run_id, code, message, "a worker's request was refused");
+            tracing::warn!(%token_id, %tenant_id, run_id, code, reason = message, "a worker's request was refused");
         }
         None => tracing::debug!(code, message, "a worker was not let in"),
     }

@@ -49,7 +49,7 @@ type Answer = oneshot::Sender<Result<Vec<Claim>, Refused>>;
 
 async fn wait_and_claim(app: App, caller: Caller, request: ClaimRequest, mut answer: Answer) {
     let pool = queue::own_pool(caller.tenant.id);
-    let max = request.max.min(MAX_CLAIMS) as usize;
+    let max = request.max.clamp(1, MAX_CLAIMS) as usize;
     let deadline = Instant::now() + Duration::from_millis(request.wait_ms.min(MAX_WAIT_MS));
     let bell = app.wakes.bell(&pool);
     let claimed = loop {
@@ -76,8 +76,8 @@ async fn try_claim(app: &App, caller: &Caller, pool: &str, max: usize) -> Result
     tokens::confirm(app, caller).await?;
     let runs = queue::claim(app, pool, max).await?;
     if runs.len() == max {
-        // There may be more, for whoever else waits.
-        app.wakes.wake(pool);
+        // There may be more, for whoever else waits here.
+        app.wakes.ring(pool);
     }
     let mut claims = Vec::with_capacity(runs.len());
     for run in runs {

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::{Error, Outcome, UserError, UserErrorCode};
 use crate::input::Checks;
-use crate::keys::secret;
+use crate::keys::{authority, secret};
 use crate::secrets::sha256_hex;
 
 /// Tokens a tenant may have that work.
@@ -121,8 +121,7 @@ pub async fn rotate(app: &App, id: Uuid, grace_seconds: i32) -> Outcome<(runtime
     let mut checks = Checks::default();
     checks.range("graceSeconds", grace_seconds, 0, MAX_GRACE_SECONDS);
     checks.finish()?;
-    let tx = app.db.begin().await?;
-    let old = locked(&tx, id).await?;
+    let (tx, old) = locked(app, id).await?;
     let now = app.clock.now();
     if old.revoked_at.is_some() || old.expires_at.is_some_and(|at| at <= now) {
         let message = "This token works no longer: make a new one.";
@@ -135,23 +134,20 @@ pub async fn rotate(app: &App, id: Uuid, grace_seconds: i32) -> Outcome<(runtime
     row.expires_at = Set(Some(until));
     row.update(&tx).await?;
     let made = insert(app, &tx, tenant_id).await?;
-    tx.commit().await?;
-    app.keys.authority_changed(tenant_id);
+    authority::commit(app, tx, tenant_id).await?;
     Ok(made)
 }
 
 /// Revokes a token, for good. Doing it again changes nothing.
 pub async fn revoke(app: &App, id: Uuid) -> Outcome<runtime_tokens::Model> {
-    let tx = app.db.begin().await?;
-    let token = locked(&tx, id).await?;
+    let (tx, token) = locked(app, id).await?;
     if token.revoked_at.is_some() {
         return Ok(token);
     }
     let mut row = token.into_active_model();
     row.revoked_at = Set(Some(app.clock.now()));
     let token = row.update(&tx).await?;
-    tx.commit().await?;
-    app.keys.authority_changed(token.tenant_id);
+    authority::commit(app, tx, token.tenant_id).await?;
     Ok(token)
 }
 
@@ -181,7 +177,12 @@ async fn insert(app: &App, db: &impl ConnectionTrait, tenant_id: Uuid) -> Outcom
     Ok((row.insert(db).await?, token.secret))
 }
 
-async fn locked(tx: &DatabaseTransaction, id: Uuid) -> Outcome<runtime_tokens::Model> {
-    let token = runtime_tokens::Entity::across_tenants().filter(runtime_tokens::Column::Id.eq(id));
-    token.lock_exclusive().one(tx).await?.ok_or_else(|| UserError::not_found("runtimeTokenId", "runtime token").into())
+/// Opens a transaction that holds a token and its tenant.
+async fn locked(app: &App, id: Uuid) -> Outcome<(DatabaseTransaction, runtime_tokens::Model)> {
+    let missing = || UserError::not_found("runtimeTokenId", "runtime token");
+    let token = || runtime_tokens::Entity::across_tenants().filter(runtime_tokens::Column::Id.eq(id));
+    let found = token().one(app.db.read()).await?.ok_or_else(missing)?;
+    let tx = authority::begin(app, found.tenant_id).await?;
+    let token = token().lock_exclusive().one(&tx).await?.ok_or_else(missing)?;
+    Ok((tx, token))
 }
