@@ -87,7 +87,9 @@ impl Worker {
             };
             let Some(mut places) = places else { return };
             let max = u32::try_from(places.num_permits()).unwrap_or(1);
-            let request = ClaimRequest { max, wait_ms: WAIT.as_millis() as u64 };
+            // Out of touch, it asks for an answer at once: until there is one, it isn't ready.
+            let wait = if self.is_ready() { WAIT } else { Duration::ZERO };
+            let request = ClaimRequest { max, wait_ms: wait.as_millis() as u64 };
             let claimed: Result<Claims, ApiError> = tokio::select! {
                 biased;
                 // The api takes back what it would have answered.

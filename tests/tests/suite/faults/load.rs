@@ -279,7 +279,7 @@ impl Load {
 /// Turns of a run, by its input `Lauf N`.
 fn turns(text: &str) -> u64 {
     let number: u64 = text.strip_prefix("Lauf ").and_then(|number| number.parse().ok()).unwrap_or_default();
-    if number % 3 == 0 { 2 } else { 1 }
+    if number.is_multiple_of(3) { 2 } else { 1 }
 }
 
 /// What 30 seconds would do: nobody extends the reservations of the killed, and those whose making was not heard of.
