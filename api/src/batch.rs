@@ -6,6 +6,7 @@
 use std::marker::PhantomData;
 use std::mem;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 
@@ -14,6 +15,9 @@ use crate::error::Error;
 
 /// Writes in one transaction at most: well below what either database allows as parameters.
 const MOST: usize = 64;
+
+/// How long a transaction may take.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A write that may share a transaction with others of its kind.
 pub trait Batched: Clone + Send + Sync + 'static {
@@ -81,7 +85,7 @@ async fn write_all<W: Batched>(app: App) {
     let _reset = ResetOnPanic::<W>(&app, PhantomData);
     while let Some(gathered) = W::batch(&app).next() {
         let (writes, answers): (Vec<W>, Vec<Answer<W>>) = gathered.into_iter().unzip();
-        match W::write(&app, writes.clone()).await {
+        match in_time(W::write(&app, writes.clone())).await {
             Ok(done) => {
                 for (answer, done) in answers.into_iter().zip(done) {
                     // Nobody waiting is no fault.
@@ -97,7 +101,7 @@ async fn write_all<W: Batched>(app: App) {
             Err(error) => {
                 tracing::debug!(inside = ?error, writes = writes.len(), "a batch failed; writing one by one");
                 for (answer, alone) in answers.into_iter().zip(writes) {
-                    let done = W::write(&app, vec![alone]).await;
+                    let done = in_time(W::write(&app, vec![alone])).await;
                     let done = done.and_then(|done| {
                         done.into_iter().next().ok_or_else(|| Error::internal("a write without an answer"))
                     });
@@ -106,6 +110,12 @@ async fn write_all<W: Batched>(app: App) {
             }
         }
     }
+}
+
+/// A connection that swallows what is sent would hold up all writes of a kind for good.
+async fn in_time<T>(writing: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let late = || Error::Unavailable(format!("a write took longer than {} s", PATIENCE.as_secs()));
+    tokio::time::timeout(PATIENCE, writing).await.unwrap_or_else(|_| Err(late()))
 }
 
 /// Lets the next write begin anew, should a batch panic.
