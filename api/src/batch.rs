@@ -100,11 +100,16 @@ async fn write_all<W: Batched>(app: App) {
             // What the database refuses it refuses alone.
             Err(error) => {
                 tracing::debug!(inside = ?error, writes = writes.len(), "a batch failed; writing one by one");
+                let mut away = None;
                 for (answer, alone) in answers.into_iter().zip(writes) {
-                    let done = in_time(W::write(&app, vec![alone])).await;
-                    let done = done.and_then(|done| {
-                        done.into_iter().next().ok_or_else(|| Error::internal("a write without an answer"))
-                    });
+                    let done = match &away {
+                        // The others would only wait for the same.
+                        Some(error) => Err(Error::clone(error)),
+                        None => in_time(W::write(&app, vec![alone])).await.and_then(|done| {
+                            done.into_iter().next().ok_or_else(|| Error::internal("a write without an answer"))
+                        }),
+                    };
+                    away = done.as_ref().err().filter(|error| matches!(error, Error::Unavailable(_))).cloned();
                     let _ = answer.send(done);
                 }
             }

@@ -9,6 +9,10 @@ use cloister_api::serve::Server;
 use cloister_api::{dev, graphql};
 use tracing_subscriber::EnvFilter;
 
+/// Many small and short-lived allocations on many threads: the system's allocator takes a sixth of a run's time for them.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[derive(Parser)]
 #[command(name = "cloister", version, about = "The multi-tenant AI agent platform.")]
 struct Arguments {

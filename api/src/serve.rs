@@ -22,6 +22,9 @@ use crate::tenants::changes;
 use crate::usage::ledger;
 use crate::{bus, http, keys, models, retention, tenants};
 
+/// How long work that is done again and again may take, at least.
+const LEAST_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A server that is up.
 pub struct Server {
     /// The application.
@@ -162,7 +165,8 @@ fn supervise(app: &App, mut tasks: JoinSet<()>) -> Arc<AtomicBool> {
 /// What is done beside answering requests.
 fn background(app: &App) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
-    tasks.spawn(pool::work(app.clone()));
+    // Tracked besides: a claim that is under way when the process is to stop is handed back.
+    tasks.spawn(app.tasks.track_future(pool::work(app.clone())));
     tasks.spawn(bus::link::keep(app.clone()));
     tasks.spawn(authority::watch(app.clone()));
     if !app.db.is_embedded() {
@@ -195,7 +199,8 @@ fn background(app: &App) -> JoinSet<()> {
 /// Takes back the runs whose workers are gone, and settles the calls whose process is.
 async fn sweep(app: &App) -> Result<(), Error> {
     let tx = app.db.begin().await?;
-    let waiting = queue::take_back(&tx, queue::Whose::Lapsed, app.clock.now()).await?;
+    let mut waiting = queue::take_back(&tx, queue::Whose::Lapsed, app.clock.now()).await?;
+    waiting.extend(queue::take_back(&tx, queue::Whose::Inactive, app.clock.now()).await?);
     tx.commit().await?;
     if !waiting.is_empty() {
         announce(app, &waiting);
@@ -215,8 +220,11 @@ where
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            if let Err(error) = work(app.clone()).await {
-                tracing::warn!(inside = ?error, "{what} failed; trying again");
+            // A connection that swallows what is sent must not end it for good.
+            match tokio::time::timeout(Ord::max(pause, LEAST_PATIENCE), work(app.clone())).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(inside = ?error, "{what} failed; trying again"),
+                Err(_) => tracing::warn!("{what} took too long; trying again"),
             }
         }
     });

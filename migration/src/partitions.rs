@@ -20,14 +20,24 @@ pub async fn ensure<C: ConnectionTrait>(db: &C, ahead: u32) -> Result<(), DbErr>
                 first timestamp := date_trunc('month', now() AT TIME ZONE 'UTC');
                 month timestamp;
             BEGIN
+                PERFORM set_config('lock_timeout', '2s', true);
                 FOR n IN 0..{ahead} LOOP
                     month := first + make_interval(months => n);
-                    EXECUTE format(
-                        'CREATE TABLE IF NOT EXISTS %I PARTITION OF {table} FOR VALUES FROM (%L) TO (%L)',
-                        '{table}_' || to_char(month, 'YYYY_MM'),
-                        to_char(month, 'YYYY-MM-DD') || ' 00:00:00+00',
-                        to_char(month + make_interval(months => 1), 'YYYY-MM-DD') || ' 00:00:00+00'
-                    );
+                    IF to_regclass('{table}_' || to_char(month, 'YYYY_MM')) IS NULL THEN
+                        BEGIN
+                            EXECUTE format(
+                                'CREATE TABLE %I PARTITION OF {table} FOR VALUES FROM (%L) TO (%L)',
+                                '{table}_' || to_char(month, 'YYYY_MM'),
+                                to_char(month, 'YYYY-MM-DD') || ' 00:00:00+00',
+                                to_char(month + make_interval(months => 1), 'YYYY-MM-DD') || ' 00:00:00+00'
+                            );
+                        EXCEPTION
+                            -- Another replica was faster.
+                            WHEN duplicate_table THEN NULL;
+                            -- Something reads the table for long, as a dump does; what waits for us would wait with us.
+                            WHEN lock_not_available THEN RAISE WARNING 'a partition of {table} is made later';
+                        END;
+                    END IF;
                 END LOOP;
             END $$"#
         );

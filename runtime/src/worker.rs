@@ -187,7 +187,11 @@ impl Worker {
     /// Keeps the leases of the runs executed here, and drops those that are lost.
     pub async fn keep_leases(&self) {
         loop {
-            sleep(self.lease() / 3).await;
+            let renewed = Instant::now();
+            // In steps: the first claim tells how long a lease is.
+            while renewed.elapsed() < self.lease() / 3 {
+                sleep((self.lease() / 3).min(Duration::from_secs(1))).await;
+            }
             while !self.renew_leases().await {
                 self.drop_lapsed();
                 sleep((self.lease() / 10).min(LONGEST_PAUSE)).await;

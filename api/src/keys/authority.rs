@@ -27,6 +27,12 @@ pub async fn begin(app: &App, tenant_id: Uuid) -> Result<DatabaseTransaction, Er
 /// Raises the epoch, commits, and has every replica look again at what the tenant's keys may do. The transaction holds
 /// the tenant's row.
 pub async fn commit(app: &App, tx: DatabaseTransaction, tenant_id: Uuid) -> Result<(), Error> {
+    // In a task of its own: a caller that leaves in the middle must not keep anybody from being told.
+    let committing = app.tasks.spawn(commit_and_tell(app.clone(), tx, tenant_id));
+    committing.await.map_err(|error| Error::internal(format!("a change of authority: {error}")))?
+}
+
+async fn commit_and_tell(app: App, tx: DatabaseTransaction, tenant_id: Uuid) -> Result<(), Error> {
     // The epoch's row is held until the commit: epochs become visible in their order.
     auth_epoch::Entity::update_many()
         .col_expr(auth_epoch::Column::Epoch, Expr::col(auth_epoch::Column::Epoch).add(1))

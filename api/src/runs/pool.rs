@@ -1,6 +1,7 @@
 //! The shared pool: claims runs of the queue and executes them in this process.
 
 use std::collections::BTreeSet;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,6 +9,8 @@ use cloister_runtime::run::{Outcome, Ports, Stop, run};
 use cloister_runtime::spec::Lease;
 use dashmap::{DashMap, Entry};
 use entity::runs;
+use futures_util::FutureExt;
+use futures_util::future::join_all;
 use sea_orm::{DatabaseTransaction, DbErr};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -21,6 +24,9 @@ use crate::tenants::changes::Change;
 
 /// How often the queue is looked into without being told of a change.
 const POLL: Duration = Duration::from_millis(500);
+
+/// How long a claim, or handing back at the end, may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The runs that this process executes, and those whose workers apart have it call a model.
 pub struct Pool {
@@ -79,6 +85,11 @@ impl Pool {
     pub fn tell_claimed(&self, app: &App, run: &runs::Model) {
         self.tell_queued(app, run.id);
         announce(app, std::slice::from_ref(run));
+    }
+
+    /// Whether a worker apart waits here for a model's answer by this lease.
+    pub fn answers(&self, lease: Lease) -> bool {
+        self.answering.get(&lease.run_id).is_some_and(|entry| entry.0 == lease)
     }
 
     /// Commits what lets runs into the queue, and tells of them. Whoever claims a run before that tells in our
@@ -146,7 +157,10 @@ pub async fn work(app: App) {
     let bell = app.wakes.bell(queue::SHARED);
     while !app.stopping.is_cancelled() {
         let free = app.pool.concurrency.saturating_sub(app.pool.active());
-        match queue::claim(&app, queue::SHARED, free.min(32)).await {
+        let claim = tokio::time::timeout(PATIENCE, queue::claim(&app, queue::SHARED, free.min(32)));
+        // Should a claim succeed whose answer never came, its leases lapse.
+        let late = || Error::Unavailable(format!("a claim took longer than {} s", PATIENCE.as_secs()));
+        match claim.await.unwrap_or_else(|_| Err(late())) {
             Ok(claimed) if !claimed.is_empty() => {
                 for run in claimed {
                     begin(&app, run);
@@ -171,7 +185,8 @@ fn begin(app: &App, claimed: runs::Model) {
     app.pool.tell_claimed(app, &claimed);
     let app = app.clone();
     app.clone().tasks.spawn(async move {
-        let outcome = execute(&app, &claimed, &stop).await;
+        let outcome = AssertUnwindSafe(execute(&app, &claimed, &stop)).catch_unwind().await;
+        let outcome = outcome.unwrap_or_else(|_| Err(Error::internal("its execution panicked")));
         // Only this claim's entry: a later claim of the same run may have taken its place.
         app.pool.active.remove_if(&lease.run_id, |_, (held, _)| *held == lease);
         app.live.forget(lease.run_id);
@@ -197,9 +212,12 @@ async fn execute(app: &App, claimed: &runs::Model, stop: &Stop) -> Result<Outcom
 /// Hands back what is still executed, without waiting for it.
 pub async fn hand_back_all(app: &App) {
     let held: Vec<Lease> = app.pool.active.iter().map(|entry| entry.0).collect();
-    for lease in held {
+    let back = held.into_iter().map(|lease| {
         app.pool.abandon(lease.run_id, lease.fence);
-        try_hand_back(app, lease).await;
+        try_hand_back(app, lease)
+    });
+    if tokio::time::timeout(PATIENCE, join_all(back)).await.is_err() {
+        tracing::warn!("not all runs were handed back; their leases will lapse");
     }
 }
 

@@ -10,7 +10,7 @@
 //! locked, so the two orders can't block each other.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use entity::runs::Status;
@@ -19,7 +19,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, LockBehavior, LockType, OnConflict};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, ExprTrait,
-    FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Select, Statement, Value,
+    FromQueryResult, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, QueryTrait, Select, Statement, Value,
 };
 use uuid::Uuid;
 
@@ -266,7 +266,7 @@ async fn head_of(tx: &DatabaseTransaction, queue: &tenant_queues::Model, max: us
         .select_only()
         .columns([runs::Column::Id, runs::Column::TenantId, runs::Column::Vtime])
         .limit(Ord::min(free_places(queue), max) as u64 + 1);
-    // A run that somebody else holds is being cancelled; who does that notes the next one anew.
+    // A run that somebody else holds is passed over for now.
     Ok(skip_locked(tx, head).into_model().all(tx).await?)
 }
 
@@ -294,13 +294,35 @@ async fn advance(tx: &DatabaseTransaction, queue: tenant_queues::Model, heads: &
     let claimed = || own().filter(|head| head.is_claimed);
     let running = queue.running + i32::try_from(claimed().count()).unwrap_or(0);
     let last = claimed().map(|head| head.vtime).fold(queue.claimed_vtime, f64::max);
-    let next = own().find(|head| !head.is_claimed).map(|head| head.vtime);
+    let next = match own().find(|head| !head.is_claimed) {
+        Some(head) => Some(head.vtime),
+        // Perhaps one that is held by somebody: it must not be forgotten.
+        None => least_vtime(tx, &queue, claimed().map(|head| head.id).collect()).await?,
+    };
     let mut row = queue.into_active_model();
     row.running = Set(running);
     row.claimed_vtime = Set(last);
     row.next_vtime = Set(next);
     row.update(tx).await?;
     Ok(())
+}
+
+/// The least virtual time that is queued, but for these runs.
+async fn least_vtime(
+    tx: &DatabaseTransaction,
+    queue: &tenant_queues::Model,
+    claimed: Vec<Uuid>,
+) -> Result<Option<f64>, Error> {
+    let least: Option<Option<f64>> = runs::Entity::in_tenant(queue.tenant_id)
+        .filter(runs::Column::Pool.eq(queue.pool.as_str()))
+        .filter(runs::Column::Status.eq(Status::Queued))
+        .filter(runs::Column::Id.is_not_in(claimed))
+        .select_only()
+        .column_as(runs::Column::Vtime.min(), "vtime")
+        .into_tuple()
+        .one(tx)
+        .await?;
+    Ok(least.flatten())
 }
 
 /// On SQLite there is one writer, and nothing to skip.
@@ -368,6 +390,8 @@ pub enum Whose {
     Everyone,
     /// A tenant's.
     Tenant(Uuid),
+    /// Those of tenants that aren't served: a suspension that was cut off half way.
+    Inactive,
     /// One run, from the worker with this fencing token.
     Held(Uuid, i64),
 }
@@ -380,24 +404,35 @@ pub async fn take_back(tx: &DatabaseTransaction, whose: Whose, now: DateTime<Utc
         Whose::Lapsed => held.filter(runs::Column::LeaseUntil.lt(now)),
         Whose::Everyone => held,
         Whose::Tenant(id) => held.filter(runs::Column::TenantId.eq(id)),
+        Whose::Inactive => {
+            let inactive = tenants::Entity::across_tenants()
+                .filter(tenants::Column::Status.ne(tenants::Status::Active))
+                .select_only()
+                .column(tenants::Column::Id);
+            held.filter(runs::Column::TenantId.in_subquery(inactive.into_query()))
+        }
         Whose::Held(id, fence) => held.filter(runs::Column::Id.eq(id)).filter(runs::Column::Fence.eq(fence)),
     };
     held = match whose {
         // A lapsed run whose row is held is being renewed or swept elsewhere.
-        Whose::Lapsed => skip_locked(tx, held),
+        Whose::Lapsed | Whose::Inactive => skip_locked(tx, held),
         Whose::Everyone | Whose::Tenant(_) | Whose::Held(..) => held.lock_exclusive(),
     };
     let mut waiting = Vec::new();
+    let mut vacated: BTreeMap<(Uuid, String), i32> = BTreeMap::new();
     for run in held.order_by_asc(runs::Column::Id).all(tx).await? {
-        let (tenant_id, pool, fence) = (run.tenant_id, run.pool.clone(), run.fence + 1);
-        let held_ms = held_ms(&run, now);
+        *vacated.entry((run.tenant_id, run.pool.clone())).or_default() += 1;
+        let (fence, held_ms) = (run.fence + 1, held_ms(&run, now));
         let mut row = run.into_active_model();
         row.held_ms = Set(held_ms);
         row.status = Set(Status::Queued);
         row.fence = Set(fence);
         row.lease_until = Set(None);
         waiting.push(row.update(tx).await?);
-        vacate(tx, tenant_id, &pool, 1).await?;
+    }
+    // Queues after the runs, in their order, as everywhere.
+    for ((tenant_id, pool), places) in vacated {
+        vacate(tx, tenant_id, &pool, places).await?;
         refresh_head(tx, tenant_id, &pool).await?;
     }
     Ok(waiting)
@@ -426,10 +461,21 @@ pub async fn renew(app: &App, held: Vec<(Uuid, i64)>) -> Result<Vec<(Uuid, i64)>
         );
         let values = held.iter().flat_map(|(id, fence)| -> [Value; 2] { [(*id).into(), (*fence).into()] });
         let values: Vec<Value> = values.chain([until.into()]).collect();
-        let db = app.db.write();
-        let statement = Statement::from_sql_and_values(db.get_database_backend(), sql, values);
+        let tx = app.db.begin().await?;
+        // Locked in their order, as appends lock them.
+        runs::Entity::across_tenants()
+            .filter(runs::Column::Id.is_in(held.iter().map(|(id, _)| *id)))
+            .order_by_asc(runs::Column::Id)
+            .select_only()
+            .column(runs::Column::Id)
+            .lock_exclusive()
+            .into_tuple::<Uuid>()
+            .all(&tx)
+            .await?;
+        let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
         let renewed: HashSet<Uuid> =
-            db.query_all_raw(statement).await?.iter().map(|row| row.try_get("", "id")).collect::<Result<_, _>>()?;
+            tx.query_all_raw(statement).await?.iter().map(|row| row.try_get("", "id")).collect::<Result<_, _>>()?;
+        tx.commit().await?;
         lost.extend(held.iter().filter(|(id, _)| !renewed.contains(id)));
     }
     Ok(lost)

@@ -214,7 +214,10 @@ async fn insert(
 ) -> Result<Vec<runs::Model>, Error> {
     let begun: Vec<conversations::ActiveModel> = starts.iter().filter_map(Start::conversation).collect();
     if !begun.is_empty() {
-        conversations::Entity::insert_many(begun).exec_without_returning(tx).await?;
+        conversations::Entity::insert_many(begun)
+            .on_conflict(OnConflict::new().do_nothing().to_owned())
+            .exec_without_returning(tx)
+            .await?;
     }
     let mut by_tenant: BTreeMap<Uuid, Vec<&mut Start>> = BTreeMap::new();
     for start in &mut starts {
@@ -240,18 +243,28 @@ async fn insert(
     let inserted: HashSet<Uuid> = inserted.into_iter().collect();
     let (starts, repeated): (Vec<Start>, Vec<Start>) =
         starts.into_iter().partition(|start| inserted.contains(&start.run.id));
-    let unused: Vec<Uuid> = repeated
-        .iter()
-        .filter(|start| start.begins_conversation)
-        .filter_map(|start| start.run.conversation_id)
-        .collect();
-    if !unused.is_empty() {
-        conversations::Entity::delete_many().filter(conversations::Column::Id.is_in(unused)).exec(tx).await?;
-    }
+    let stored = stored_before(tx, repeated).await?;
     let input = |start: &Start| journal::input_item(&start.run, &start.agent_name);
     let inputs: Vec<Item> = starts.iter().map(input).collect();
     journal::insert_items(tx, starts.iter().map(|start| &start.run).zip(inputs.chunks(1))).await?;
-    Ok(starts.into_iter().map(|start| start.run).collect())
+    Ok(starts.into_iter().map(|start| start.run).chain(stored).collect())
+}
+
+/// Of starts that met a row of theirs: the runs that a commit stored whose answer was lost. The others' idempotency keys
+/// are taken, and a conversation that was to begin with them doesn't.
+async fn stored_before(tx: &DatabaseTransaction, starts: Vec<Start>) -> Result<Vec<runs::Model>, Error> {
+    if starts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ids = starts.iter().map(|start| start.run.id);
+    let stored = runs::Entity::across_tenants().filter(runs::Column::Id.is_in(ids)).all(tx).await?;
+    let is_stored = |start: &Start| stored.iter().any(|run| run.id == start.run.id);
+    let unused = starts.iter().filter(|start| start.begins_conversation && !is_stored(start));
+    let unused: Vec<Uuid> = unused.filter_map(|start| start.run.conversation_id).collect();
+    if !unused.is_empty() {
+        conversations::Entity::delete_many().filter(conversations::Column::Id.is_in(unused)).exec(tx).await?;
+    }
+    Ok(stored)
 }
 
 impl Start {

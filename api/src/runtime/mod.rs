@@ -133,6 +133,10 @@ pub async fn deltas(app: &App, caller: &Caller, request: DeltasRequest) -> Resul
             }
         }
     }
+    // The call that follows may come to another replica; whoever listens here has been told.
+    if !app.pool.answers(request.lease) {
+        app.live.forget(request.lease.run_id);
+    }
     Ok(())
 }
 

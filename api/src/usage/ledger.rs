@@ -49,17 +49,13 @@ pub async fn settle(tx: &DatabaseTransaction, settlements: &[Settlement]) -> Res
     for (key, totals) in totals {
         add_to_totals(tx, key, totals).await?;
     }
-    quota::take(
-        tx,
-        new().map(|settlement| (settlement.reservation.call_id, settlement.usage.total_tokens())).collect(),
-    )
-    .await?;
     for settlement in settlements {
         if !settlement.usage.estimated && !new_ids.contains(&settlement.reservation.call_id) {
             correct(tx, settlement).await?;
         }
     }
-    Ok(())
+    quota::take(tx, new().map(|settlement| (settlement.reservation.call_id, settlement.usage.total_tokens())).collect())
+        .await
 }
 
 /// Puts the provider's count in an estimate's place: the call's process stood still, or could not reach the database,
@@ -196,33 +192,44 @@ async fn add_to_totals(tx: &DatabaseTransaction, key: TotalsKey, totals: Totals)
 /// above what was reserved. With `all`, every reservation counts as an orphan: an embedded server's
 /// at its start.
 pub async fn sweep(app: &App, all: bool) -> Result<(), Error> {
-    let mut orphans = quota_reservations::Entity::across_tenants();
-    if !all {
-        orphans = orphans.filter(quota_reservations::Column::ExpiresAt.lt(app.clock.now()));
-    }
-    for orphan in orphans.all(app.db.read()).await? {
-        if !orphan.sent {
-            quota::release(app, orphan.call_id).await?;
-            continue;
-        }
-        let price = prices::Entity::all().filter(prices::Column::Id.eq(orphan.price_id)).one(app.db.read()).await?;
+    let orphaned = || {
+        let orphans = quota_reservations::Entity::across_tenants();
+        if all { orphans } else { orphans.filter(quota_reservations::Column::ExpiresAt.lt(app.clock.now())) }
+    };
+    for found in orphaned().all(app.db.read()).await? {
+        let price = prices::Entity::all().filter(prices::Column::Id.eq(found.price_id)).one(app.db.read()).await?;
         let price = price.ok_or_else(|| Error::internal("a reservation's price is gone"))?;
-        let input_tokens = orphan.input_tokens.min(orphan.tokens);
-        let mut usage = TokenUsage {
-            input_tokens,
-            output_tokens: orphan.output_tokens.min(orphan.tokens - input_tokens),
-            estimated: true,
-            ..TokenUsage::default()
-        };
-        usage.cost_nano_usd = catalog::cost(&price, &usage);
         let tx = app.db.begin().await?;
+        // Looked at again: its process may live after all, and go on with it.
+        let orphan =
+            orphaned().filter(quota_reservations::Column::CallId.eq(found.call_id)).lock_exclusive().one(&tx).await?;
+        let Some(orphan) = orphan else { continue };
         let (tenant_id, call_id) = (orphan.tenant_id, orphan.call_id);
-        settle(&tx, &[Settlement { reservation: orphan, usage }]).await?;
-        tx.commit().await?;
-        metrics::model_call(CallOutcome::Orphaned, Some(&usage));
-        tracing::warn!(%call_id, tokens = usage.total_tokens(), "settled an orphaned model call by estimate");
+        if orphan.sent {
+            let usage = estimate(&orphan, &price);
+            settle(&tx, &[Settlement { reservation: orphan, usage }]).await?;
+            tx.commit().await?;
+            metrics::model_call(CallOutcome::Orphaned, Some(&usage));
+            tracing::warn!(%call_id, tokens = usage.total_tokens(), "settled an orphaned model call by estimate");
+        } else {
+            quota::take(&tx, BTreeMap::from([(call_id, 0)])).await?;
+            tx.commit().await?;
+        }
         app.releases.wake();
         app.changes.publish(tenant_id, Change::Usage);
     }
     Ok(())
+}
+
+/// What an orphan is charged: our count of its input and of the output last noted, never above what was reserved.
+fn estimate(orphan: &quota_reservations::Model, price: &prices::Model) -> TokenUsage {
+    let input_tokens = orphan.input_tokens.min(orphan.tokens);
+    let mut usage = TokenUsage {
+        input_tokens,
+        output_tokens: orphan.output_tokens.min(orphan.tokens - input_tokens),
+        estimated: true,
+        ..TokenUsage::default()
+    };
+    usage.cost_nano_usd = catalog::cost(price, &usage);
+    usage
 }
