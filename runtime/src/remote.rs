@@ -103,7 +103,7 @@ impl Api {
         &self.token
     }
 
-    /// Waits until the api has said that it speaks another version of the protocol.
+    /// Waits until the api has shown that it speaks another version of the protocol, and says how.
     pub async fn incompatible(&self) -> &str {
         self.unusable.cancelled().await;
         self.incompatible.get().map_or("", String::as_str)
@@ -118,7 +118,7 @@ impl Api {
     ) -> Result<R, ApiError> {
         let exchange = async {
             let answer = self.open(path, body).await?.bytes().await?;
-            serde_json::from_slice(&answer).map_err(|error| ApiError::Away(format!("a malformed answer: {error}")))
+            serde_json::from_slice(&answer).map_err(|error| self.malformed(&error))
         };
         let late = || ApiError::Away(format!("nothing within {} s", patience.as_secs()));
         tokio::time::timeout(patience, exchange).await.unwrap_or_else(|_| Err(late()))
@@ -139,10 +139,24 @@ impl Api {
         let refusal: Refusal = serde_json::from_slice(&answer.bytes().await?)
             .map_err(|_| ApiError::Away(format!("it answers {status}; is this its address for workers?")))?;
         if refusal.code == RefusalCode::ProtocolVersion {
-            let _ = self.incompatible.set(refusal.message.clone());
-            self.unusable.cancel();
+            self.give_up(refusal.message.clone());
         }
         Err(ApiError::Refused(refusal))
+    }
+
+    /// An answer in JSON that says something else than it should is another release's. Who goes on with that api would
+    /// claim runs without end, and execute none.
+    fn malformed(&self, error: &serde_json::Error) -> ApiError {
+        if error.is_data() {
+            self.give_up(format!("The api's answer can't be understood: {error}. Run a worker of the api's release."));
+        }
+        ApiError::Away(format!("a malformed answer: {error}"))
+    }
+
+    fn give_up(&self, reason: String) {
+        // The first reason stands.
+        let _ = self.incompatible.set(reason);
+        self.unusable.cancel();
     }
 
     async fn send(&self, path: &str, body: Bytes) -> Result<reqwest::Response, ApiError> {

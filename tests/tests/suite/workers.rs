@@ -363,16 +363,22 @@ async fn a_tenant_that_leaves_its_workers_takes_its_queue_along(builder: TestApp
 #[tokio::test(flavor = "multi_thread")]
 async fn an_api_of_another_version_ends_the_worker() {
     let refusal = json!({"code": "protocol_version", "message": "This api speaks version 2, the worker version 1."});
-    let answer = (StatusCode::UPGRADE_REQUIRED, [("content-type", "application/json")], refusal.to_string());
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let serving = tokio::spawn(async move {
-        axum::serve(listener, Router::new().fallback(move || async move { answer })).await.unwrap();
-    });
-    let mut worker = Worker::at(&url, "clr_any").start().await;
-    assert!(!worker.ended().await.success());
-    assert!(worker.log().contains("This api speaks version 2, the worker version 1."), "{}", worker.log());
-    serving.abort();
+    let claims = json!({"claims": [{"lease": {"run_id": "7", "fence": "first"}}], "lease_ms": 30_000});
+    for (status, body, said) in [
+        (StatusCode::UPGRADE_REQUIRED, refusal, "This api speaks version 2, the worker version 1."),
+        (StatusCode::OK, claims, "Run a worker of the api's release."),
+    ] {
+        let answer = (status, [("content-type", "application/json")], body.to_string());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let serving = tokio::spawn(async move {
+            axum::serve(listener, Router::new().fallback(move || async move { answer })).await.unwrap();
+        });
+        let mut worker = Worker::at(&url, "clr_any").start().await;
+        assert!(!worker.ended().await.success());
+        eventually("it says why", async || worker.log().contains(said)).await;
+        serving.abort();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
