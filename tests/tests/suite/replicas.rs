@@ -138,11 +138,16 @@ async fn a_run_is_followed_through_any_replica() {
             followed.push(rest_of_ws(socket).await);
         }
         let items = ended(&here, &id).await.items;
+        let mut whole = 0;
         for events in &followed {
             assert_eq!(items_of(events), items);
             let first: Vec<Value> = events.iter().filter(|event| event["turn"] == 1).cloned().collect();
-            assert_eq!(told(&first), TEXT);
+            let first = told(&first);
+            // A socket may have begun to listen only after the turn had ended; then the item alone brings its text.
+            assert!(first == TEXT || first.is_empty(), "{first}");
+            whole += usize::from(first == TEXT);
         }
+        assert!(whole >= streams.len(), "those that were seen to listen were told all of it");
         for after in 0..items.len() {
             let later = rest(&mut events(&there, &id, after as i64).await).await;
             assert_eq!(items_of(&later), items[after..]);
