@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::serve::ListenerExt;
+use cloister_runtime::signals::asked_to_stop;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
 use crate::app::App;
@@ -228,17 +228,4 @@ where
             }
         }
     });
-}
-
-async fn asked_to_stop() {
-    let terminate = async {
-        match signal(SignalKind::terminate()) {
-            Ok(mut signal) => drop(signal.recv().await),
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = terminate => {}
-        result = tokio::signal::ctrl_c() => drop(result),
-    }
 }

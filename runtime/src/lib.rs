@@ -10,5 +10,6 @@ pub mod model;
 pub mod protocol;
 pub mod recorder;
 pub mod run;
+pub mod signals;
 pub mod spec;
 pub mod webhook;

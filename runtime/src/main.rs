@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use cloister_runtime::signals::asked_to_stop;
 use cloister_runtime::webhook::{AddressPolicy, WebhookClient};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
@@ -105,17 +105,4 @@ fn log(settings: &Settings) -> Result<(), String> {
         LogFormat::Json => subscriber.json().try_init(),
     };
     installed.map_err(|error| format!("logging could not start: {error}"))
-}
-
-async fn asked_to_stop() {
-    let terminate = async {
-        match signal(SignalKind::terminate()) {
-            Ok(mut signal) => drop(signal.recv().await),
-            Err(_) => std::future::pending().await,
-        }
-    };
-    tokio::select! {
-        () = terminate => {}
-        result = tokio::signal::ctrl_c() => drop(result),
-    }
 }

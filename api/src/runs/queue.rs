@@ -297,7 +297,10 @@ async fn advance(tx: &DatabaseTransaction, queue: tenant_queues::Model, heads: &
     let next = match own().find(|head| !head.is_claimed) {
         Some(head) => Some(head.vtime),
         // Perhaps one that is held by somebody: it must not be forgotten.
-        None => least_vtime(tx, &queue, claimed().map(|head| head.id).collect()).await?,
+        None => {
+            let ids = claimed().map(|head| head.id).collect();
+            least_vtime(tx, queue.tenant_id, &queue.pool, ids).await?
+        }
     };
     let mut row = queue.into_active_model();
     row.running = Set(running);
@@ -307,16 +310,17 @@ async fn advance(tx: &DatabaseTransaction, queue: tenant_queues::Model, heads: &
     Ok(())
 }
 
-/// The least virtual time that is queued, but for these runs.
+/// The least virtual time that a tenant has queued in a pool, but for these runs. Its queue is locked.
 async fn least_vtime(
     tx: &DatabaseTransaction,
-    queue: &tenant_queues::Model,
-    claimed: Vec<Uuid>,
+    tenant_id: Uuid,
+    pool: &str,
+    but_for: Vec<Uuid>,
 ) -> Result<Option<f64>, Error> {
-    let least: Option<Option<f64>> = runs::Entity::in_tenant(queue.tenant_id)
-        .filter(runs::Column::Pool.eq(queue.pool.as_str()))
+    let least: Option<Option<f64>> = runs::Entity::in_tenant(tenant_id)
+        .filter(runs::Column::Pool.eq(pool))
         .filter(runs::Column::Status.eq(Status::Queued))
-        .filter(runs::Column::Id.is_not_in(claimed))
+        .filter(runs::Column::Id.is_not_in(but_for))
         .select_only()
         .column_as(runs::Column::Vtime.min(), "vtime")
         .into_tuple()
@@ -364,16 +368,9 @@ pub async fn refresh_head(tx: &DatabaseTransaction, tenant_id: Uuid, pool: &str)
         .lock_exclusive()
         .one(tx)
         .await?;
-    let next: Option<Option<f64>> = runs::Entity::in_tenant(tenant_id)
-        .filter(runs::Column::Pool.eq(pool))
-        .filter(runs::Column::Status.eq(Status::Queued))
-        .select_only()
-        .column_as(runs::Column::Vtime.min(), "vtime")
-        .into_tuple()
-        .one(tx)
-        .await?;
+    let next = least_vtime(tx, tenant_id, pool, Vec::new()).await?;
     tenant_queues::Entity::update_many()
-        .col_expr(tenant_queues::Column::NextVtime, Expr::value(next.flatten()))
+        .col_expr(tenant_queues::Column::NextVtime, Expr::value(next))
         .filter(tenant_queues::Column::TenantId.eq(tenant_id))
         .filter(tenant_queues::Column::Pool.eq(pool))
         .exec(tx)

@@ -47,15 +47,11 @@ impl Batched for Record {
 /// Records what a call was charged, and stores the items of its response if it is a run's. Returns what became of the
 /// items.
 pub async fn settle(app: &App, settlement: Settlement, append: Option<Append>) -> Result<Option<Verdict>, Error> {
-    record(app, Record { settlement: Some(settlement), append }).await
+    batch::write(app, Record { settlement: Some(settlement), append }).await
 }
 
 /// Stores items of a run.
 pub async fn append(app: &App, append: Append) -> Result<Verdict, Error> {
-    let verdict = record(app, Record { settlement: None, append: Some(append) }).await?;
+    let verdict = batch::write(app, Record { settlement: None, append: Some(append) }).await?;
     verdict.ok_or_else(|| Error::internal("an append without a verdict"))
-}
-
-async fn record(app: &App, record: Record) -> Result<Option<Verdict>, Error> {
-    batch::write(app, record).await
 }

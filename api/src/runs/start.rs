@@ -202,6 +202,18 @@ impl Start {
         };
         Ok(Self { run, agent_name, begins_conversation: false, waits: false })
     }
+
+    /// The conversation that begins with the run.
+    fn conversation(&self) -> Option<conversations::ActiveModel> {
+        let id = self.run.conversation_id.filter(|_| self.begins_conversation)?;
+        Some(conversations::ActiveModel {
+            id: Set(id),
+            tenant_id: Set(self.run.tenant_id),
+            created_at: Set(self.run.created_at),
+            updated_at: Set(self.run.created_at),
+            deleted_at: Set(None),
+        })
+    }
 }
 
 /// Stores runs with their first items, and queues those that wait for nothing. Those whose idempotency key exists are
@@ -265,18 +277,4 @@ async fn stored_before(tx: &DatabaseTransaction, starts: Vec<Start>) -> Result<V
         conversations::Entity::delete_many().filter(conversations::Column::Id.is_in(unused)).exec(tx).await?;
     }
     Ok(stored)
-}
-
-impl Start {
-    /// The conversation that begins with the run.
-    fn conversation(&self) -> Option<conversations::ActiveModel> {
-        let id = self.run.conversation_id.filter(|_| self.begins_conversation)?;
-        Some(conversations::ActiveModel {
-            id: Set(id),
-            tenant_id: Set(self.run.tenant_id),
-            created_at: Set(self.run.created_at),
-            updated_at: Set(self.run.created_at),
-            deleted_at: Set(None),
-        })
-    }
 }
