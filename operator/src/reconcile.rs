@@ -96,7 +96,12 @@ async fn keep(tenant: &Arc<Tenant>, operator: &Operator) -> Result<Duration, Err
     let course = course::chart(tenant, &facts, now, operator.settings.drain());
     let addresses = Addresses { api_server: operator.cluster.api_server() };
     let wanted = validate(tenant, facts.namespace_name(), &operator.settings, &addresses)?;
-    let applied = apply::apply(operator, tenant, &facts, course, &wanted, &addresses).await;
+    let mut applied = apply::apply(operator, tenant, &facts, course, &wanted, &addresses).await;
+
+    // Somebody else wrote in between: there is nothing to tell of before another look.
+    if let Some(error) = applied.error.take_if(|error| error.is_conflict()) {
+        return Err(error);
+    }
 
     let name = tenant.name_any();
     let usage_age = operator.memory.with(&name, |entry| entry.usage_written.map(|at| at.elapsed()));
