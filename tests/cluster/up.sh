@@ -103,11 +103,31 @@ enter() { # enter [NAME] COMMAND...
         PATH="/mnt/bin:$PATH" KUBECONFIG=/mnt/kubeconfig "$@"
 }
 
+# Runs the probe in a pod's network, with the pod's resolver, whatever the pod's image holds.
+probe() { # probe NAME NAMESPACE POD ARGUMENT...
+    local name=$1 namespace=$2 pod=$3 filter sandbox process
+    shift 3
+    filter="labels.\"io.kubernetes.pod.namespace\"==$namespace,labels.\"io.kubernetes.pod.name\"==$pod"
+    filter+=',labels."io.cri-containerd.kind"==sandbox'
+    sandbox=$(containers "$name" containers list --quiet "$filter") && [ -n "$sandbox" ] || fail "no pod $namespace/$pod"
+    process=$(containers "$name" tasks list | awk -v sandbox="$sandbox" '$1 == sandbox { print $2 }')
+    # shellcheck disable=SC2016 # The node's shell fills these in.
+    enter "$name" nsenter --target "$process" --net unshare --mount bash -c '
+        cat "/proc/$0/root/etc/resolv.conf" >"/run/resolv-$0.conf" &&
+            mount --bind "/run/resolv-$0.conf" /etc/resolv.conf && exec probe "$@"' "$process" "$@"
+}
+
+containers() { # containers NAME ARGUMENT OF ctr...
+    local name=$1
+    shift
+    (enter "$name" env CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 ctr --namespace k8s.io "$@")
+}
+
 load() { # load NAME ARCHIVE...
     local archive name=$1
     shift
     for archive in "$@"; do
-        (enter "$name" ctr --namespace k8s.io images import - >/dev/null <"$archive") || fail "$archive is not loaded"
+        containers "$name" images import - >/dev/null <"$archive" || fail "$archive is not loaded"
     done
 }
 
