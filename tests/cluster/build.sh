@@ -42,7 +42,7 @@ build() {
 build_kubernetes() {
     local version=k8s.io/component-base/version
     local minor=${kubernetes_version#*.}
-    (cd "$parts/kubernetes" && CGO_ENABLED=0 go build -trimpath -o "$cache/bin/kubernetes" -ldflags "-s -w
+    (cd "$parts/kubernetes" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -o "$cache/bin/kubernetes" -ldflags "-s -w
         -X $version.gitVersion=v$kubernetes_version -X $version.gitMajor=1 -X $version.gitMinor=${minor%.*}") || return
     local part
     for part in etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl; do
@@ -59,7 +59,7 @@ build_tool() { # build_tool GO-VERSION "PACKAGE@VERSION OPTIONS"
 }
 
 build_programs() {
-    (cd "$parts/programs" && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o "$cache/bin/" ./...)
+    (cd "$parts/programs" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags "-s -w" -o "$cache/bin/" ./...)
 }
 
 # The images of the cluster's own pods.

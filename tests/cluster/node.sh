@@ -4,6 +4,8 @@
 # then reaps what becomes an orphan. When it ends, however it ends, the kernel ends everything in here.
 #
 # From here on the cluster's folder is /mnt, its programs are in /mnt/bin.
+#
+# shellcheck disable=SC2154 # The settings are read from a file.
 set -uo pipefail
 state=$1 bin=$2
 

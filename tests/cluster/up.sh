@@ -44,13 +44,33 @@ first_process() {
     echo "$pid"
 }
 
+# One at a time starts or removes a cluster. The lock goes with the cluster, so whoever waited for it looks again.
 lock_cluster() {
     mkdir -p "$cache/clusters"
-    exec 8>"$cache/clusters/$name.lock"
-    flock 8
+    until [ "$state.lock" -ef /dev/fd/8 ]; do
+        exec 8>"$state.lock"
+        flock 8
+    done
 }
 
 up() { # up [--simulated] [NAME]
+    bring_up "$@"
+    echo "export KUBECONFIG=$state/kubeconfig"
+}
+
+run() { # run [--simulated] NAME
+    # Should even this process be killed, the cluster ends with it.
+    apart=(setsid setpriv --pdeathsig KILL --)
+    # Whoever asked may be gone before the answer.
+    trap : PIPE
+    bring_up "$@"
+    trap 'down "$name"' EXIT
+    trap 'exit 130' INT TERM
+    echo "export KUBECONFIG=$state/kubeconfig" 2>/dev/null || true
+    cat >/dev/null
+}
+
+bring_up() { # bring_up [--simulated] [NAME]
     local simulated=no
     if [ "${1:-}" = --simulated ]; then
         simulated=yes
@@ -59,25 +79,30 @@ up() { # up [--simulated] [NAME]
     need_machine "$simulated"
     name_cluster "${1:-dev}"
     build
+    sweep
     lock_cluster
     if ! is_running; then
         remove
-        trap 'keep_logs; remove' EXIT
+        trap 'keep_logs; remove; rm -f "$state.lock"' EXIT
         trap 'exit 130' INT TERM
         begin "$simulated"
         trap - EXIT INT TERM
     fi
     exec 8>&-
-    echo "export KUBECONFIG=$state/kubeconfig"
 }
 
-run() { # run [--simulated] NAME
-    # Should even this process be killed, the cluster ends with it.
-    apart=(setsid setpriv --pdeathsig KILL --)
-    up "$@"
-    trap 'down "$name"' EXIT
-    trap 'exit 130' INT TERM
-    cat >/dev/null
+# Removes what is left of clusters that ended with nobody to clean up, such as when every process was killed.
+sweep() {
+    local folder
+    for folder in "$cache"/clusters/*/; do
+        [ ! -d "$folder" ] || (
+            name_cluster "$(basename "$folder")"
+            exec 8>"$state.lock"
+            # Whoever holds the lock is at it, or was until now.
+            flock --nonblock 8 && [ "$state.lock" -ef /dev/fd/8 ] || exit 0
+            is_running || { remove && rm -f "$state.lock"; }
+        )
+    done
 }
 
 down() { # down [NAME|--all]
@@ -92,6 +117,7 @@ down() { # down [NAME|--all]
     name_cluster "${1:-dev}"
     lock_cluster
     remove
+    rm -f "$state.lock"
     exec 8>&-
 }
 
@@ -109,7 +135,8 @@ probe() { # probe NAME NAMESPACE POD ARGUMENT...
     shift 3
     filter="labels.\"io.kubernetes.pod.namespace\"==$namespace,labels.\"io.kubernetes.pod.name\"==$pod"
     filter+=',labels."io.cri-containerd.kind"==sandbox'
-    sandbox=$(containers "$name" containers list --quiet "$filter") && [ -n "$sandbox" ] || fail "no pod $namespace/$pod"
+    sandbox=$(containers "$name" containers list --quiet "$filter")
+    [ -n "$sandbox" ] || fail "there is no pod $namespace/$pod"
     process=$(containers "$name" tasks list | awk -v sandbox="$sandbox" '$1 == sandbox { print $2 }')
     # shellcheck disable=SC2016 # The node's shell fills these in.
     enter "$name" nsenter --target "$process" --net unshare --mount bash -c '
