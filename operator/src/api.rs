@@ -15,6 +15,7 @@ use metrics::{counter, gauge};
 use reqwest::Response;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::RwLock;
 
 use crate::settings::Settings;
 
@@ -24,8 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const CONNECT: Duration = Duration::from_secs(2);
 /// How long an api that was away is not asked again, but by [`changes::follow`].
 const PAUSE: Duration = Duration::from_secs(5);
-/// How long the list of all objects may take.
-const LONG_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the list of all objects may take. Nothing is reported meanwhile.
+const LONG_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a request came to nothing.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -93,6 +94,9 @@ pub struct Api {
     token_file: PathBuf,
     /// Until when it isn't asked, and why.
     away: Mutex<Option<(Instant, ApiError)>>,
+    /// Held by whoever reports a tenant, alone by whoever lists all of them: a tenant that is registered while a list
+    /// without it is under way would be let go by it.
+    listing: RwLock<()>,
 }
 
 impl Api {
@@ -116,11 +120,16 @@ impl Api {
             cluster: cluster.to_owned(),
             token_file: settings.api_token_file.clone(),
             away: Mutex::new(None),
+            listing: RwLock::default(),
         })
     }
 
     /// Says what a tenant's object says.
     pub async fn report(&self, tenant: &str, report: &Report) -> Result<State, ApiError> {
+        // Before the object was seen it can't be reported: a list that is made later has it.
+        let Ok(_unlisted) = tokio::time::timeout(PATIENCE, self.listing.read()).await else {
+            return Err(ApiError::Unreachable("it is taking in the list of all objects".to_owned()));
+        };
         self.call(Method::PUT, &self.tenant(tenant), Some(report), PATIENCE).await
     }
 
@@ -147,10 +156,11 @@ impl Api {
         result
     }
 
-    /// Says which objects there are.
-    pub async fn inventory(&self, inventory: &Inventory) -> Result<(), ApiError> {
+    /// Says which objects there are, as `list` has them once no report is under way.
+    pub async fn inventory(&self, list: impl FnOnce() -> Inventory) -> Result<(), ApiError> {
+        let _unreported = self.listing.write().await;
         let path = format!("clusters/{}", self.cluster);
-        self.exchange(Method::PUT, &path, Some(inventory), LONG_PATIENCE).await.map(drop)
+        self.exchange(Method::PUT, &path, Some(&list()), LONG_PATIENCE).await.map(drop)
     }
 
     fn tenant(&self, name: &str) -> String {

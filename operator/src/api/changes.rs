@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crds::Tenant;
 use crds::protocol::{Inventory, Object};
 use kube::ResourceExt;
 use tokio_util::sync::CancellationToken;
@@ -57,10 +58,12 @@ pub async fn follow(operator: Arc<Operator>, told: CancellationToken, stopping: 
 /// Tells the api of every object, at once and each hour: it lets tenants go whose object is gone without a farewell.
 pub async fn take_inventory(operator: Arc<Operator>, stopping: CancellationToken) {
     loop {
-        let objects = operator.cluster.tenants.state();
-        let objects =
-            objects.iter().map(|tenant| Object { name: tenant.name_any(), uid: tenant.uid().unwrap_or_default() });
-        let pause = match operator.api.inventory(&Inventory { objects: objects.collect() }).await {
+        let list = || {
+            let tenants = operator.cluster.tenants.state();
+            let object = |tenant: &Tenant| Object { name: tenant.name_any(), uid: tenant.uid().unwrap_or_default() };
+            Inventory { objects: tenants.iter().map(|tenant| object(tenant.as_ref())).collect() }
+        };
+        let pause = match operator.api.inventory(list).await {
             Ok(()) => INVENTORY,
             Err(error) => {
                 tracing::debug!(%error, "the api was not told which objects there are");

@@ -13,6 +13,7 @@ use super::write::{self, settle};
 use super::{namespace, runtime};
 use crate::build::limits::{build_limit_range, build_resource_quota};
 use crate::build::network::build_network_policy;
+use crate::clock;
 use crate::error::Error;
 use crate::operator::Operator;
 use crate::wanted::{Addresses, Wanted};
@@ -90,6 +91,12 @@ pub async fn apply(
     }
     let result = match course {
         Course::Draining { is_over: true, .. } => remove(operator, tenant, facts, &mut applied).await,
+        Course::Draining { since, is_over: false } => {
+            // Nothing else happens when the time is over.
+            let waited = (clock::now() - since).to_std().unwrap_or_default();
+            applied.look_again(Some(operator.settings.drain().saturating_sub(waited)));
+            apply_all(operator, tenant, facts, course, wanted, addresses, &mut applied).await
+        }
         _ => apply_all(operator, tenant, facts, course, wanted, addresses, &mut applied).await,
     };
     if let Err(error) = result {

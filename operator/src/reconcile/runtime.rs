@@ -9,7 +9,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use super::apply::{Applied, Step};
 use super::course::{Course, Facts, Standing};
 use super::token;
-use super::write::{is_shared, settle};
+use super::write::{is_foreign, settle};
 use crate::build::access::build_service_account;
 use crate::build::workload::{build_deployment, build_pod_disruption_budget};
 use crate::error::Error;
@@ -115,7 +115,7 @@ fn replicas(
 /// known to be ours.
 fn must_wait(operator: &Operator, live: &Arc<Deployment>, desired: &Deployment, namespace: &str) -> bool {
     let replicas = live.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or_default();
-    if image(live) == image(desired) || replicas == 0 || is_shared(&live.metadata) {
+    if image(live) == image(desired) || replicas == 0 || is_foreign(&live.metadata) {
         return false;
     }
     !operator.rollouts.admits(namespace, &operator.settings.runtime_image, &operator.cluster.deployments.all())

@@ -6,10 +6,10 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::ResourceExt;
 use kube::api::PartialObjectMeta;
 
-use super::write::{self, is_shared};
+use super::write::{self, is_foreign};
 use crate::api::ApiError;
 use crate::build::access::{build_secret, read_rotation};
-use crate::build::{FIELD_MANAGER, NAME, build_labels};
+use crate::build::{NAME, build_labels};
 use crate::clock;
 use crate::error::Error;
 use crate::operator::Operator;
@@ -81,9 +81,7 @@ struct Current {
 fn current(live: &PartialObjectMeta<Secret>, wanted: &Wanted, now: DateTime<Utc>) -> Option<Current> {
     let (rotation, expires_at) = read_rotation(live.annotations())?;
     let meta = &live.metadata;
-    let replaced_by_us =
-        meta.managed_fields.iter().flatten().all(|entry| entry.manager.as_deref() == Some(FIELD_MANAGER));
-    let is_ours = (!is_shared(meta) || replaced_by_us)
+    let is_ours = !is_foreign(meta)
         && meta.labels.as_ref() == Some(&build_labels(&wanted.tenant))
         && meta.owner_references.as_ref().is_none_or(Vec::is_empty)
         && meta.finalizers.as_ref().is_none_or(Vec::is_empty);
@@ -101,6 +99,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::build::FIELD_MANAGER;
     use crate::wanted::samples::wanted;
 
     fn time(hours: i64) -> DateTime<Utc> {

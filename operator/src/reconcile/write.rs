@@ -120,6 +120,12 @@ pub fn is_shared(meta: &ObjectMeta) -> bool {
     })
 }
 
+/// Whether others than this operator own fields, whatever way it wrote its own.
+pub fn is_foreign(meta: &ObjectMeta) -> bool {
+    let managers = meta.managed_fields.iter().flatten().filter(|entry| entry.manager.as_deref() != Some(FIELD_MANAGER));
+    managers.into_iter().any(|entry| !matches!(entry.subresource.as_deref(), Some("status" | "scale")))
+}
+
 async fn apply<K: Child>(api: &Api<K>, wanted: &K) -> Result<K, Error> {
     let name = wanted.name_any();
     let parameters = PatchParams::apply(FIELD_MANAGER).force();
@@ -322,6 +328,12 @@ mod tests {
         assert!(!shared(vec![ours(), entry("kubectl", "Update", Some("scale"))]));
         assert!(shared(vec![ours(), entry("kubectl-edit", "Update", None)]));
         assert!(shared(vec![ours(), entry(FIELD_MANAGER, "Update", None)]), "somebody by our name, or an own replace");
+        let foreign = |entries: Vec<ManagedFieldsEntry>| {
+            is_foreign(&ObjectMeta { managed_fields: Some(entries), ..ObjectMeta::default() })
+        };
+        assert!(!foreign(vec![ours(), entry(FIELD_MANAGER, "Update", None)]), "an own replace");
+        assert!(!foreign(vec![ours(), entry("kube-controller-manager", "Update", Some("status"))]));
+        assert!(foreign(vec![ours(), entry("kubectl-edit", "Update", None)]));
     }
 
     #[test]
