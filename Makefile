@@ -1,6 +1,6 @@
 # What a person types. Everything else is cargo.
 
-.PHONY: run run-distributed test bench setup build
+.PHONY: run run-distributed test bench cluster cluster-down setup build
 
 # Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
 run:
@@ -11,20 +11,30 @@ run:
 run-distributed:
 	@scripts/run-distributed
 
+# A real Kubernetes cluster of one node on this machine, for root; the last line it prints is the one to copy.
+cluster:
+	@scripts/setup cluster
+	@scripts/cluster up
+
+cluster-down:
+	@scripts/cluster down
+
 # Everything that must hold: format, lints, every test.
 test: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo build --workspace
+	@scripts/cluster build
 	cargo test --workspace
 
 # How fast it is, beside its peers: half an hour on a quiet machine, into docs/benchmarks.md. QUICK=1 takes minutes.
 bench:
 	@scripts/bench all $(if $(QUICK),--quick)
 
-# What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients.
+# What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients, and what a
+# cluster is made of (or CLOISTER_TEST_KUBECONFIG).
 setup:
-	@scripts/setup build test
+	@scripts/setup build test cluster
 
 build:
 	cargo build --workspace

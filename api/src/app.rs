@@ -13,6 +13,7 @@ use crate::batch::Batch;
 use crate::billing::plans::{self, Plans};
 use crate::bus::Bus;
 use crate::clock::Clock;
+use crate::cluster::Cluster;
 use crate::config::Config;
 use crate::db::Db;
 use crate::error::Error;
@@ -71,6 +72,8 @@ pub struct Parts {
     pub wakes: Wakes,
     /// The shared pool of workers.
     pub pool: Pool,
+    /// The cluster, and what its operators are told.
+    pub cluster: Cluster,
     /// Calls tenants' webhooks.
     pub webhooks: WebhookClient,
     /// The GraphQL schema.
@@ -112,6 +115,7 @@ impl App {
         let vault = Vault::new(&config.secrets).map_err(Error::internal)?;
         let policy = AddressPolicy { allowed_hosts: config.webhooks.allowed_hosts.clone() };
         let webhooks = WebhookClient::new(policy).map_err(Error::internal)?;
+        let cluster = Cluster::new(&config.cluster).await?;
         let clock = Clock::default();
         clock.follow(db.read()).await?;
         let now = clock.now();
@@ -137,6 +141,7 @@ impl App {
             wakes: Wakes::new(bus.clone()),
             bus,
             pool: Pool::new(config.runs.concurrency),
+            cluster,
             webhooks,
             schema: crate::graphql::schema(&config.graphql),
             metrics: metrics::install(),

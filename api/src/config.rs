@@ -40,6 +40,8 @@ pub struct Config {
     pub plans: BTreeMap<String, PlanConfig>,
     /// How runs are executed.
     pub runs: RunsConfig,
+    /// Clusters with objects `Tenant`.
+    pub cluster: ClusterConfig,
     /// How tenants' webhooks are called.
     pub webhooks: WebhooksConfig,
     /// Limits of GraphQL requests.
@@ -54,7 +56,7 @@ pub struct Config {
 pub struct ServerConfig {
     /// Address and port for clients.
     pub listen: SocketAddr,
-    /// Address and port for workers (`/runtime/v1`): not for the public.
+    /// Address and port for workers and operators (`/runtime/v1`, `/operator/v1`): not for the public.
     pub runtime_listen: SocketAddr,
     /// Bytes of a request's body.
     pub max_body_bytes: usize,
@@ -281,6 +283,53 @@ impl Default for RunsConfig {
     }
 }
 
+/// `cluster`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClusterConfig {
+    /// Enterprise tenants get an object `Tenant` in the api's own cluster, and what GraphQL changes of a tenant is written
+    /// to its object. Needs a way to the cluster: from within it, or by `KUBECONFIG`.
+    pub enabled: bool,
+    /// A key for operators, 32 characters at least: for a cluster that the api can't ask.
+    pub operator_key: Option<SecretString>,
+    /// The operator's ServiceAccount in the api's own cluster, as `namespace/name`.
+    pub operator_service_account: Option<String>,
+    /// The audience that the ServiceAccount's tokens must be for.
+    pub audience: String,
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        Self { enabled: false, operator_key: None, operator_service_account: None, audience: "cloister-api".to_owned() }
+    }
+}
+
+impl ClusterConfig {
+    /// Whether the api has to ask its own cluster.
+    pub fn needs_cluster(&self) -> bool {
+        self.enabled || self.operator_service_account.is_some()
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let refuse = |message: &str| Err(ConfigError(message.to_owned()));
+        if self.operator_key.as_ref().is_some_and(|key| key.expose_secret().len() < 32) {
+            return refuse("cluster.operator_key must have 32 characters at least");
+        }
+        let is_account = |account: &String| {
+            account.split_once('/').is_some_and(|(namespace, name)| {
+                !namespace.is_empty() && !name.is_empty() && !name.contains('/') && !account.contains(':')
+            })
+        };
+        if !self.operator_service_account.as_ref().is_none_or(is_account) {
+            return refuse("cluster.operator_service_account must be written as namespace/name");
+        }
+        if self.audience.is_empty() {
+            return refuse("cluster.audience must not be empty");
+        }
+        Ok(())
+    }
+}
+
 /// `webhooks`
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -432,6 +481,7 @@ impl Config {
             return refuse("redis.url joins the replicas of a PostgreSQL; SQLite is served by one process".to_owned());
         }
         self.validate_times()?;
+        self.cluster.validate()?;
         for (name, provider) in &self.providers {
             if name == "demo" {
                 return refuse("providers.demo is built in and can't be configured".to_owned());

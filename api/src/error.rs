@@ -224,6 +224,8 @@ pub enum UserErrorCode {
     TenantSuspended,
     /// The tenant is managed by a cluster's resource.
     ManagedByCluster,
+    /// The cluster that the tenant's resource is in can't be reached, or can't take it now.
+    ClusterUnavailable,
     /// Billing is off.
     BillingDisabled,
 }

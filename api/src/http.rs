@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::Error;
 use crate::viewer::{Viewer, credential};
-use crate::{drain, graphql, metrics, runs, runtime, usage};
+use crate::{cluster, drain, graphql, metrics, runs, runtime, usage};
 
 /// Identifies a request in answers and in the log.
 #[derive(Clone, Debug)]
@@ -35,10 +35,11 @@ pub fn router(app: App) -> Router {
         .with_state(app)
 }
 
-/// The routes for workers apart, on a port of their own.
+/// The routes for workers apart and for operators, on a port of their own.
 pub fn runtime_router(app: App) -> Router {
     Router::new()
         .nest("/runtime/v1", runtime::http::routes(&app))
+        .nest("/operator/v1", cluster::http::routes(&app))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .fallback(not_found)

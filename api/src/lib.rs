@@ -6,6 +6,7 @@ pub mod batch;
 pub mod billing;
 pub mod bus;
 pub mod clock;
+pub mod cluster;
 pub mod config;
 pub mod conversations;
 pub mod db;

@@ -49,6 +49,7 @@ pub fn install() -> PrometheusHandle {
         describe_counter!("cloister_tokens_total", "Tokens charged, by bucket.");
         describe_counter!("cloister_quota_excess_tokens_total", "Tokens charged beyond what their calls had reserved.");
         describe_counter!("cloister_runtime_refusals_total", "Requests of workers apart that were refused, by code.");
+        describe_counter!("cloister_operator_refusals_total", "Requests of operators that were refused, by code.");
         describe_gauge!("cloister_runs_active", "Runs that this process executes.");
         describe_gauge!("cloister_redis_up", "1 while Redis is connected, 0 while it is away; absent without one.");
         handle
@@ -78,6 +79,11 @@ pub fn quota_excess(tokens: i64) {
 /// Counts a request of a worker apart that was refused.
 pub fn runtime_refusal(code: RefusalCode) {
     counter!("cloister_runtime_refusals_total", "code" => code.name()).increment(1);
+}
+
+/// Counts a request of an operator that was refused.
+pub fn operator_refusal(code: &'static str) {
+    counter!("cloister_operator_refusals_total", "code" => code).increment(1);
 }
 
 /// `GET /metrics`, for the platform admin's key: the platform's volume is nobody else's business.

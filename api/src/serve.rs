@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::app::App;
+use crate::cluster::owed;
 use crate::config::Config;
 use crate::db::{Db, ServeLock};
 use crate::error::Error;
@@ -169,6 +170,7 @@ fn background(app: &App) -> JoinSet<()> {
     tasks.spawn(app.tasks.track_future(pool::work(app.clone())));
     tasks.spawn(bus::link::keep(app.clone()));
     tasks.spawn(authority::watch(app.clone()));
+    tasks.spawn(owed::keep(app.clone()));
     if !app.db.is_embedded() {
         tasks.spawn(changes::poll(app.clone()));
         every(&mut tasks, app, Duration::from_secs(1), "following other replicas' runs", |app| async move {

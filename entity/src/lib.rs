@@ -12,8 +12,10 @@ pub mod agent_versions;
 pub mod agents;
 pub mod api_keys;
 pub mod auth_epoch;
+pub mod cluster_tenants;
 pub mod conversations;
 pub mod models;
+pub mod object_writes;
 pub mod plans;
 pub mod prices;
 pub mod quota_counters;
@@ -64,7 +66,9 @@ tenant_owned! {
     agent_versions by TenantId,
     agents by TenantId,
     api_keys by TenantId,
+    cluster_tenants by TenantId,
     conversations by TenantId,
+    object_writes by TenantId,
     quota_counters by TenantId,
     quota_reservations by TenantId,
     run_items by TenantId,

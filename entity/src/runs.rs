@@ -95,6 +95,8 @@ pub struct Model {
     pub started_at: Option<DateTimeUtc>,
     /// When it ended.
     pub finished_at: Option<DateTimeUtc>,
+    /// The worker apart that claimed it last, by the name that it gave; none: the api's own pool.
+    pub worker: Option<String>,
 }
 
 impl ActiveModelBehavior for ActiveModel {}

@@ -25,6 +25,8 @@ pub struct Model {
     pub last_used_at: Option<DateTimeUtc>,
     /// When it was made.
     pub created_at: DateTimeUtc,
+    /// Which rotation of the tenant's operator it is of; none: an admin made it.
+    pub rotation: Option<i64>,
 }
 
 impl ActiveModelBehavior for ActiveModel {}

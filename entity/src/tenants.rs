@@ -56,6 +56,28 @@ pub struct Model {
     pub updated_at: DateTimeUtc,
     /// The [`crate::auth_epoch`] in which it, or a key of it, last lost or gained a right.
     pub auth_epoch: i64,
+    /// Its object says that it is not to be served.
+    pub suspended_by_object: bool,
+    /// An admin said so.
+    pub suspended_by_admin: bool,
+    /// An invoice was not paid.
+    pub suspended_by_billing: bool,
+    /// Its object is gone, and it waits for another one.
+    pub suspended_by_absence: bool,
+    /// Its object is going: no run starts or is claimed any more, those that workers have go on.
+    pub is_leaving: bool,
+}
+
+impl Model {
+    /// Whether there is a reason, one at least, not to serve it.
+    pub fn is_suspended(&self) -> bool {
+        self.suspended_by_object || self.suspended_by_admin || self.suspended_by_billing || self.suspended_by_absence
+    }
+
+    /// Whether runs of it may start and be claimed.
+    pub fn takes_runs(&self) -> bool {
+        self.status == Status::Active && !self.is_leaving
+    }
 }
 
 impl ActiveModelBehavior for ActiveModel {}

@@ -8,6 +8,7 @@ use sea_orm_migration::sea_orm::DbBackend;
 
 mod m20261124_000001_foundation;
 mod m20261125_000002_distributed;
+mod m20261126_000003_cluster;
 pub mod partitions;
 
 /// All migrations in their order.
@@ -16,7 +17,11 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(m20261124_000001_foundation::Migration), Box::new(m20261125_000002_distributed::Migration)]
+        vec![
+            Box::new(m20261124_000001_foundation::Migration),
+            Box::new(m20261125_000002_distributed::Migration),
+            Box::new(m20261126_000003_cluster::Migration),
+        ]
     }
 }
 

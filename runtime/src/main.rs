@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use cloister_runtime::protocol::is_worker_name;
 use cloister_runtime::signals::asked_to_stop;
 use cloister_runtime::webhook::{AddressPolicy, WebhookClient};
 use tokio::net::TcpListener;
@@ -49,7 +50,8 @@ async fn run() -> Result<(), String> {
     let policy = AddressPolicy { allowed_hosts: settings.allowed_hosts.clone() };
     let webhooks = WebhookClient::new(policy).map_err(|error| format!("no HTTP client: {error}"))?;
     let stopping = CancellationToken::new();
-    let worker = Arc::new(Worker::new(api.clone(), webhooks, settings.concurrency, stopping.clone()));
+    let name = settings.name.clone().or_else(host_name);
+    let worker = Arc::new(Worker::new(api.clone(), webhooks, name, settings.concurrency, stopping.clone()));
 
     let listen = settings.listen;
     let refused = |error: std::io::Error| format!("CLOISTER_RUNTIME__LISTEN {listen}: {error}");
@@ -93,6 +95,12 @@ async fn run() -> Result<(), String> {
         Err(reason) => tracing::error!(%reason, "stopping"),
     }
     ended
+}
+
+/// In a pod it is the pod's name.
+fn host_name() -> Option<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
+    Some(name.trim().to_owned()).filter(|name| is_worker_name(name))
 }
 
 /// Starts logging to standard output.

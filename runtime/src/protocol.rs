@@ -31,18 +31,28 @@ pub const MAX_ITEMS: usize = 1_000;
 pub const MAX_CLAIMS: u32 = 64;
 /// Leases of a heartbeat.
 pub const MAX_LEASES: usize = 10_000;
+/// Characters of a worker's name.
+pub const MAX_WORKER_NAME: usize = 253;
 /// The longest wait for something to claim, in milliseconds.
 pub const MAX_WAIT_MS: u64 = 30_000;
 /// While a model answers, the api says something at least as often as this, in milliseconds.
 pub const KEEP_ALIVE_MS: u64 = 10_000;
 
 /// `POST claims`
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ClaimRequest {
     /// The most runs to be given: from 1 to [`MAX_CLAIMS`].
     pub max: u32,
     /// Milliseconds to wait while there are none; [`MAX_WAIT_MS`] at most.
     pub wait_ms: u64,
+    /// Who asks, so that its runs say where they ran: a host's name ([`is_worker_name`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<String>,
+}
+
+/// Whether a worker may be named so.
+pub fn is_worker_name(name: &str) -> bool {
+    (1..=MAX_WORKER_NAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// The answer to [`ClaimRequest`].

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use cloister_runtime::protocol::{MAX_WORKER_NAME, is_worker_name};
 use config::Environment;
 use serde::Deserialize;
 use url::Url;
@@ -16,6 +17,9 @@ pub struct Settings {
     pub api_url: Url,
     /// The file that holds the token. It may be replaced at any time.
     pub token_file: PathBuf,
+    /// The name that its runs are noted under; the host's unless given.
+    #[serde(default)]
+    pub name: Option<String>,
     /// Runs executed at once.
     #[serde(default = "defaults::concurrency")]
     pub concurrency: u32,
@@ -91,6 +95,11 @@ impl Settings {
     fn validate(&self) -> Result<(), String> {
         if !matches!(self.api_url.scheme(), "http" | "https") || !self.api_url.has_host() {
             return Err("configuration: CLOISTER_RUNTIME__API_URL must be an http or https URL".to_owned());
+        }
+        if !self.name.as_deref().is_none_or(is_worker_name) {
+            return Err(format!(
+                "configuration: CLOISTER_RUNTIME__NAME must have 1 to {MAX_WORKER_NAME} visible ASCII characters"
+            ));
         }
         if self.concurrency == 0 || self.concurrency > 10_000 {
             return Err("configuration: CLOISTER_RUNTIME__CONCURRENCY must lie between 1 and 10000".to_owned());

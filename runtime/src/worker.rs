@@ -33,6 +33,8 @@ const FAREWELL: Duration = Duration::from_secs(3);
 pub struct Worker {
     api: Arc<Api>,
     webhooks: WebhookClient,
+    /// The name that its runs are noted under.
+    name: Option<String>,
     places: Arc<Semaphore>,
     held: Mutex<HashMap<Uuid, Held>>,
     /// Told whenever a run is held no longer.
@@ -53,10 +55,17 @@ struct Held {
 
 impl Worker {
     /// A worker that executes up to `concurrency` runs at once.
-    pub fn new(api: Arc<Api>, webhooks: WebhookClient, concurrency: u32, stopping: CancellationToken) -> Self {
+    pub fn new(
+        api: Arc<Api>,
+        webhooks: WebhookClient,
+        name: Option<String>,
+        concurrency: u32,
+        stopping: CancellationToken,
+    ) -> Self {
         Self {
             api,
             webhooks,
+            name,
             places: Arc::new(Semaphore::new(concurrency as usize)),
             held: Mutex::default(),
             freed: Notify::new(),
@@ -89,7 +98,7 @@ impl Worker {
             let max = u32::try_from(places.num_permits()).unwrap_or(1);
             // Out of touch, it asks for an answer at once: until there is one, it isn't ready.
             let wait = if self.is_ready() { WAIT } else { Duration::ZERO };
-            let request = ClaimRequest { max, wait_ms: wait.as_millis() as u64 };
+            let request = ClaimRequest { max, wait_ms: wait.as_millis() as u64, worker: self.name.clone() };
             let claimed: Result<Claims, ApiError> = tokio::select! {
                 biased;
                 // The api takes back what it would have answered.
@@ -141,6 +150,7 @@ impl Worker {
             let _place = place;
             let outcome = worker.execute(claim, &stop).await;
             metrics::counter!("cloister_runtime_runs_total", "outcome" => label(outcome)).increment(1);
+            tracing::info!(run_id = %lease.run_id, outcome = label(outcome), "a run was executed");
             if matches!(outcome, Outcome::HandedBack | Outcome::JournalUnavailable) {
                 worker.give_back(lease).await;
             }

@@ -7,6 +7,7 @@
 
 pub mod app;
 pub mod client;
+pub mod cluster;
 pub mod key;
 pub mod model_server;
 pub mod node;
@@ -24,6 +25,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 pub use app::{Tenant, TestApp};
 pub use client::{Client, GraphqlResponse};
+pub use cluster::Cluster;
 pub use model_server::{ModelServer, Reply};
 pub use proxy::Proxy;
 pub use redis::RedisServer;

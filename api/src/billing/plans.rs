@@ -59,6 +59,7 @@ async fn cap_queues(db: &impl ConnectionTrait, plan: &plans::Model) -> Result<()
         .from(tenants::Entity)
         .and_where(tenants::Column::Plan.eq(&plan.name))
         .and_where(tenants::Column::Status.eq(tenants::Status::Active))
+        .and_where(tenants::Column::IsLeaving.eq(false))
         .to_owned();
     tenant_queues::Entity::update_many()
         .col_expr(tenant_queues::Column::MaxRunning, Expr::value(plan.max_concurrent_runs))

@@ -63,6 +63,8 @@ pub enum What {
     Run(Arc<runs::Model>),
     /// The tenant's usage of this month has changed.
     Usage,
+    /// How far the tenant's cluster has come with it has changed.
+    Provisioning,
     /// Progress within a turn of the run.
     Delta(Arc<Delta>),
     /// Items of the run that were stored.

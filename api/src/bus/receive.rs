@@ -15,6 +15,7 @@ pub fn receive(app: &App, topic: Topic, what: What) {
         }
         (Topic::Tenant(id), What::Run(run)) if run.tenant_id == id => app.changes.hear(id, Change::Run(run)),
         (Topic::Tenant(id), What::Usage) => app.changes.hear(id, Change::Usage),
+        (Topic::Tenant(id), What::Provisioning) => app.changes.hear(id, Change::Provisioning),
         (Topic::Run(id), What::Delta(delta)) => app.live.hear(id, &delta),
         (Topic::Run(id), What::Items { items, ended }) => app.live.hear_items(id, items, ended),
         (Topic::Run(id), What::Look { next_sequence, ended }) => app.live.look(id, next_sequence, ended),

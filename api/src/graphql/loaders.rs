@@ -11,8 +11,8 @@ use std::time::Duration;
 use async_graphql::dataloader::{DataLoader, Loader};
 use async_graphql::{Context, Result};
 use entity::{
-    Shared, TenantOwned, agent_versions, agents, api_keys, conversations, models, prices, run_items, runs,
-    runtime_tokens,
+    Shared, TenantOwned, agent_versions, agents, api_keys, cluster_tenants, conversations, models, prices, run_items,
+    runs, runtime_tokens,
 };
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, FuturesUnordered, Stream, StreamExt};
@@ -188,6 +188,26 @@ impl Loader<TenantMonth> for Batch {
             loaded.extend(months.into_iter().map(|(tenant_id, usage)| (TenantMonth(tenant_id, month), usage)));
         }
         Ok(loaded)
+    }
+}
+
+/// The object that rules a tenant, by the tenant's id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RulerOf(pub Uuid);
+
+impl Loader<RulerOf> for Batch {
+    type Value = cluster_tenants::Model;
+    type Error = Arc<Error>;
+
+    async fn load(&self, keys: &[RulerOf]) -> Result<HashMap<RulerOf, cluster_tenants::Model>, Arc<Error>> {
+        let rows = self
+            .own::<cluster_tenants::Entity>()
+            .filter(cluster_tenants::Column::TenantId.is_in(keys.iter().map(|key| key.0)))
+            .filter(cluster_tenants::Column::ReleasedAt.is_null())
+            .all(self.app.db.read())
+            .await
+            .map_err(|error| Arc::new(error.into()))?;
+        Ok(rows.into_iter().map(|row| (RulerOf(row.tenant_id), row)).collect())
     }
 }
 

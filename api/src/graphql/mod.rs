@@ -21,6 +21,7 @@ use crate::agents::definition_graphql::AgentDefinition;
 use crate::agents::graphql::{AgentMutation, AgentQuery};
 use crate::app::App;
 use crate::billing::graphql::BillingQuery;
+use crate::cluster::graphql::ClusterSubscription;
 use crate::config::GraphqlConfig;
 use crate::conversations::graphql::{ConversationMutation, ConversationQuery};
 use crate::keys::graphql::{KeyMutation, KeyQuery};
@@ -54,7 +55,7 @@ pub struct Mutation(TenantMutation, KeyMutation, AgentMutation, RunMutation, Con
 
 /// Everything that is told.
 #[derive(MergedSubscription, Default)]
-pub struct Subscription(RunSubscription, UsageSubscription);
+pub struct Subscription(RunSubscription, UsageSubscription, ClusterSubscription);
 
 /// The schema, with its limits.
 pub fn schema(config: &GraphqlConfig) -> Schema {

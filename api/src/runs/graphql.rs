@@ -143,6 +143,13 @@ impl Run {
     async fn finished_at(&self) -> Option<DateTime<Utc>> {
         self.0.finished_at
     }
+
+    /// The tenant's own worker that has it, or had it last: its host, such as a pod. Null where the platform's shared pool
+    /// has it, and before the first claim. [READ]
+    async fn worker(&self, ctx: &Context<'_>) -> Result<Option<&str>> {
+        viewer(ctx)?.may_see(self.0.tenant_id, Scope::Read)?;
+        Ok(self.0.worker.as_deref())
+    }
 }
 
 /// Which runs.
@@ -353,7 +360,7 @@ impl RunSubscription {
                 match changes.recv().await {
                     Ok(Change::Run(run)) => yield Run((*run).clone()),
                     // A subscriber that is too slow misses changes, never others' time.
-                    Ok(Change::Usage) | Err(RecvError::Lagged(_)) => {}
+                    Ok(Change::Usage | Change::Provisioning) | Err(RecvError::Lagged(_)) => {}
                     Err(RecvError::Closed) => return,
                 }
             }

@@ -139,7 +139,12 @@ impl Live {
                 What::Delta(delta) => drop(turn.take(&delta)),
                 What::Items { items, ended } => self.hear_items(run_id, items, ended),
                 What::Look { next_sequence, ended } => self.look(run_id, next_sequence, ended),
-                What::Wake(_) | What::Abandon { .. } | What::Authority { .. } | What::Run(_) | What::Usage => {}
+                What::Wake(_)
+                | What::Abandon { .. }
+                | What::Authority { .. }
+                | What::Run(_)
+                | What::Usage
+                | What::Provisioning => {}
             }
         }
         turn.so_far().for_each(|delta| self.hear(run_id, &delta));

@@ -157,7 +157,7 @@ pub async fn work(app: App) {
     let bell = app.wakes.bell(queue::SHARED);
     while !app.stopping.is_cancelled() {
         let free = app.pool.concurrency.saturating_sub(app.pool.active());
-        let claim = tokio::time::timeout(PATIENCE, queue::claim(&app, queue::SHARED, free.min(32)));
+        let claim = tokio::time::timeout(PATIENCE, queue::claim(&app, queue::SHARED, free.min(32), None));
         // Should a claim succeed whose answer never came, its leases lapse.
         let late = || Error::Unavailable(format!("a claim took longer than {} s", PATIENCE.as_secs()));
         match claim.await.unwrap_or_else(|_| Err(late())) {

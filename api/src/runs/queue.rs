@@ -110,7 +110,7 @@ fn weight(app: &App, tenant: &tenants::Model) -> Result<f64, Error> {
 /// Makes a tenant's queue in a pool, if it isn't there.
 async fn make_queue(app: &App, tx: &DatabaseTransaction, tenant: &tenants::Model, pool: &str) -> Result<(), Error> {
     let plan = app.plans.get(&tenant.plan)?;
-    let max_running = if tenant.status == tenants::Status::Active { plan.max_concurrent_runs } else { 0 };
+    let max_running = if tenant.takes_runs() { plan.max_concurrent_runs } else { 0 };
     let queue = tenant_queues::ActiveModel {
         tenant_id: Set(tenant.id),
         pool: Set(pool.to_owned()),
@@ -206,8 +206,8 @@ async fn pool_vtime(tx: &DatabaseTransaction, pool: &str) -> Result<f64, Error> 
 }
 
 /// Claims up to `max` runs of a pool, the next in fair order first. Each has a new fencing token and
-/// a lease from now.
-pub async fn claim(app: &App, pool: &str, max: usize) -> Result<Vec<runs::Model>, Error> {
+/// a lease from now. `worker` names the worker apart that asks.
+pub async fn claim(app: &App, pool: &str, max: usize, worker: Option<&str>) -> Result<Vec<runs::Model>, Error> {
     let waiting = tenant_queues::Entity::across_tenants().filter(claimable(pool));
     if max == 0 || waiting.one(app.db.read()).await?.is_none() {
         return Ok(Vec::new());
@@ -234,6 +234,7 @@ pub async fn claim(app: &App, pool: &str, max: usize) -> Result<Vec<runs::Model>
             status: Set(Status::Running),
             lease_until: Set(Some(lease_from(app, now))),
             claimed_at: Set(Some(now)),
+            worker: Set(worker.map(str::to_owned)),
             ..Default::default()
         })
         .col_expr(runs::Column::Fence, Expr::col(runs::Column::Fence).add(1))

@@ -60,7 +60,7 @@ impl Batched for Start {
             .all(&tx)
             .await?;
         let tenants: HashMap<Uuid, tenants::Model> = tenants.into_iter().map(|tenant| (tenant.id, tenant)).collect();
-        let is_active = |id: &Uuid| tenants.get(id).is_some_and(|tenant| tenant.status == tenants::Status::Active);
+        let is_active = |id: &Uuid| tenants.get(id).is_some_and(tenants::Model::takes_runs);
         let (active, refused): (Vec<Start>, Vec<Start>) =
             starts.into_iter().partition(|start| is_active(&start.run.tenant_id));
         let started = insert(app, &tx, &tenants, active).await?;
@@ -106,7 +106,7 @@ pub async fn in_conversation(
     let tenant_id = viewer.tenant_id();
     let tx = app.db.begin().await?;
     let tenant = tenants::Entity::in_tenant(tenant_id).lock_shared().one(&tx).await?;
-    let tenant = tenant.filter(|tenant| tenant.status == tenants::Status::Active).ok_or(Error::Suspended)?;
+    let tenant = tenant.filter(tenants::Model::takes_runs).ok_or(Error::Suspended)?;
     // Locked, so that of two runs started at once one sees the other.
     let conversation = conversations::Entity::in_tenant(tenant_id)
         .filter(conversations::Column::Id.eq(conversation_id))
@@ -199,6 +199,7 @@ impl Start {
             created_at: app.clock.now(),
             started_at: None,
             finished_at: None,
+            worker: None,
         };
         Ok(Self { run, agent_name, begins_conversation: false, waits: false })
     }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use cloister_runtime::item::{Body, RunStatus, Step};
-use cloister_runtime::protocol::{MAX_ITEM_BYTES, MAX_ITEMS, RefusalCode};
+use cloister_runtime::protocol::{MAX_ITEM_BYTES, MAX_ITEMS, MAX_WORKER_NAME, RefusalCode, is_worker_name};
 use cloister_runtime::spec::RunSpec;
 use entity::{TenantOwned, run_items, runs};
 use sea_orm::{ColumnTrait, QueryFilter, QueryOrder};
@@ -11,6 +11,16 @@ use sea_orm::{ColumnTrait, QueryFilter, QueryOrder};
 use super::refused::Refused;
 use crate::app::App;
 use crate::runs::journal::from_row;
+
+/// Refuses what no host is named.
+pub fn worker(name: Option<&str>) -> Result<(), Refused> {
+    match name.is_none_or(is_worker_name) {
+        true => Ok(()),
+        false => {
+            Err(Refused::invalid(format!("A worker's name has {MAX_WORKER_NAME} visible ASCII characters at most.")))
+        }
+    }
+}
 
 /// Refuses what is too much, before anything of it is looked at.
 pub fn size(steps: &[Step]) -> Result<(), Refused> {

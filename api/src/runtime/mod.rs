@@ -37,6 +37,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// Claims runs of the caller's pool, and waits a while if there are none. A caller that is gone by then has not claimed
 /// anything.
 pub async fn claim(app: &App, caller: Caller, request: ClaimRequest) -> Result<Claims, Refused> {
+    checks::worker(request.worker.as_deref())?;
     let (answer, claims) = oneshot::channel();
     // In a task of its own: a claim that is dropped half way would be nobody's until its lease lapses.
     app.tasks.spawn(wait_and_claim(app.clone(), caller, request, answer));
@@ -50,10 +51,11 @@ type Answer = oneshot::Sender<Result<Vec<Claim>, Refused>>;
 async fn wait_and_claim(app: App, caller: Caller, request: ClaimRequest, mut answer: Answer) {
     let pool = queue::own_pool(caller.tenant.id);
     let max = request.max.clamp(1, MAX_CLAIMS) as usize;
+    let worker = request.worker.as_deref();
     let deadline = Instant::now() + Duration::from_millis(request.wait_ms.min(MAX_WAIT_MS));
     let bell = app.wakes.bell(&pool);
     let claimed = loop {
-        match try_claim(&app, &caller, &pool, max).await {
+        match try_claim(&app, &caller, &pool, max, worker).await {
             Ok(claims) if claims.is_empty() && Instant::now() < deadline && !app.stopping.is_cancelled() => {}
             settled => break settled,
         }
@@ -72,9 +74,15 @@ async fn wait_and_claim(app: App, caller: Caller, request: ClaimRequest, mut ans
     }
 }
 
-async fn try_claim(app: &App, caller: &Caller, pool: &str, max: usize) -> Result<Vec<Claim>, Refused> {
+async fn try_claim(
+    app: &App,
+    caller: &Caller,
+    pool: &str,
+    max: usize,
+    worker: Option<&str>,
+) -> Result<Vec<Claim>, Refused> {
     tokens::confirm(app, caller).await?;
-    let runs = queue::claim(app, pool, max).await?;
+    let runs = queue::claim(app, pool, max, worker).await?;
     if runs.len() == max {
         // There may be more, for whoever else waits here.
         app.wakes.ring(pool);

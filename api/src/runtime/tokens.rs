@@ -1,4 +1,5 @@
-//! Workers' tokens: made, rotated and revoked by the platform admin, each for one tenant's pool.
+//! Workers' tokens, each for one tenant's pool: made, rotated and revoked by the platform admin, or made by the tenant's
+//! operator in rotations that count up.
 
 use std::time::Duration;
 
@@ -6,8 +7,8 @@ use chrono::{DateTime, TimeDelta, Utc};
 use entity::{TenantOwned, runtime_tokens, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, ConnectionTrait, DatabaseTransaction, IntoActiveModel, PaginatorTrait,
-    QueryFilter, QuerySelect,
+    ActiveModelTrait, ColumnTrait, Condition, ConnectionTrait, DatabaseTransaction, EntityTrait, IntoActiveModel,
+    PaginatorTrait, QueryFilter, QuerySelect,
 };
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
@@ -54,11 +55,44 @@ pub async fn verify(app: &App, token: Option<&str>) -> Result<Caller, Error> {
     let caller = caller(app, token.clone()).await?;
     let now = app.clock.now();
     if token.last_used_at.is_none_or(|last| now - last >= USE) {
-        let mut row = token.into_active_model();
+        let first_of = token.rotation.filter(|_| token.last_used_at.is_none());
+        let mut row = token.clone().into_active_model();
         row.last_used_at = Set(Some(now));
-        row.update(app.db.write()).await?;
+        match first_of {
+            None => drop(row.update(app.db.write()).await?),
+            Some(rotation) => {
+                let tx = authority::begin(app, token.tenant_id).await?;
+                row.update(&tx).await?;
+                revoke_replaced(app, tx, &token, rotation).await?;
+            }
+        }
     }
     Ok(caller)
+}
+
+/// A rotation's token has arrived where it is used: those whose place it takes are revoked. Commits.
+async fn revoke_replaced(
+    app: &App,
+    tx: DatabaseTransaction,
+    token: &runtime_tokens::Model,
+    rotation: i64,
+) -> Result<(), Error> {
+    let before = Condition::any().add(runtime_tokens::Column::Rotation.lt(rotation)).add(
+        Condition::all()
+            .add(runtime_tokens::Column::Rotation.eq(rotation))
+            .add(runtime_tokens::Column::Id.lt(token.id)),
+    );
+    let revoked = runtime_tokens::Entity::update_many()
+        .set(runtime_tokens::ActiveModel { revoked_at: Set(Some(app.clock.now())), ..Default::default() })
+        .filter(runtime_tokens::Column::TenantId.eq(token.tenant_id))
+        .filter(runtime_tokens::Column::RevokedAt.is_null())
+        .filter(before)
+        .exec(&tx)
+        .await?;
+    match revoked.rows_affected {
+        0 => Ok(tx.commit().await?),
+        _ => authority::commit(app, tx, token.tenant_id).await,
+    }
 }
 
 async fn caller(app: &App, token: runtime_tokens::Model) -> Result<Caller, Error> {
@@ -113,7 +147,7 @@ pub async fn create(app: &App, tenant_id: Uuid) -> Outcome<(runtime_tokens::Mode
     if !crate::tenants::exists(app, tenant_id).await? {
         return Err(UserError::not_found("tenantId", "tenant").into());
     }
-    insert(app, app.db.write(), tenant_id).await
+    insert(app, app.db.write(), tenant_id, Lasting::default()).await
 }
 
 /// Makes a token in another's place, which works for `grace_seconds` more.
@@ -133,7 +167,7 @@ pub async fn rotate(app: &App, id: Uuid, grace_seconds: i32) -> Outcome<(runtime
     let mut row = old.into_active_model();
     row.expires_at = Set(Some(until));
     row.update(&tx).await?;
-    let made = insert(app, &tx, tenant_id).await?;
+    let made = insert(app, &tx, tenant_id, Lasting::default()).await?;
     authority::commit(app, tx, tenant_id).await?;
     Ok(made)
 }
@@ -151,28 +185,44 @@ pub async fn revoke(app: &App, id: Uuid) -> Outcome<runtime_tokens::Model> {
     Ok(token)
 }
 
-async fn insert(app: &App, db: &impl ConnectionTrait, tenant_id: Uuid) -> Outcome<(runtime_tokens::Model, String)> {
+/// How long a token works, and how it is replaced.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lasting {
+    /// When it stops working by itself.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// Which of its operator's rotations it is of; none: it is replaced by [`rotate`].
+    pub rotation: Option<i64>,
+}
+
+/// Makes a token in a transaction of the caller's; the secret is returned this once.
+pub async fn insert(
+    app: &App,
+    db: &impl ConnectionTrait,
+    tenant_id: Uuid,
+    lasting: Lasting,
+) -> Outcome<(runtime_tokens::Model, String)> {
     let now = app.clock.now();
-    let lasting = Condition::any()
+    let unexpired = Condition::any()
         .add(runtime_tokens::Column::ExpiresAt.is_null())
         .add(runtime_tokens::Column::ExpiresAt.gt(now));
     let working = runtime_tokens::Entity::in_tenant(tenant_id)
         .filter(runtime_tokens::Column::RevokedAt.is_null())
-        .filter(lasting);
+        .filter(unexpired);
     if working.count(db).await? >= MAX_TOKENS {
         let message = format!("A tenant may have {MAX_TOKENS} tokens that work; revoke one first.");
         return Err(UserError::new(UserErrorCode::LimitExceeded, "", message).into());
     }
     let token = secret::generate_runtime_token();
     let row = runtime_tokens::ActiveModel {
-        id: Set(Uuid::now_v7()),
+        id: Set(app.clock.new_id()),
         tenant_id: Set(tenant_id),
         prefix: Set(token.prefix),
         token_hash: Set(token.hash),
-        expires_at: Set(None),
+        expires_at: Set(lasting.expires_at),
         revoked_at: Set(None),
         last_used_at: Set(None),
         created_at: Set(now),
+        rotation: Set(lasting.rotation),
     };
     Ok((row.insert(db).await?, token.secret))
 }

@@ -10,7 +10,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use dashmap::DashMap;
 use entity::quota_counters::Scope;
 use entity::runs::Status;
-use entity::{TenantOwned, quota_counters, runs};
+use entity::{TenantOwned, cluster_tenants, quota_counters, runs};
 use sea_orm::{ColumnTrait, Condition, FromQueryResult, QueryFilter, QueryOrder, QuerySelect};
 use tokio::sync::broadcast;
 use uuid::Uuid;
@@ -40,6 +40,8 @@ pub enum Change {
     Run(Arc<runs::Model>),
     /// The month's usage.
     Usage,
+    /// How far its cluster has come with it.
+    Provisioning,
 }
 
 /// A channel for each tenant that somebody here listens to.
@@ -61,6 +63,8 @@ struct Told {
     runs: HashMap<Uuid, (Progress, Option<DateTime<Utc>>)>,
     /// Tokens used this month, when they were last looked at.
     used: Option<(String, i64)>,
+    /// When what its clusters say of it had last changed, when that was last looked at.
+    provisioned: Option<Option<DateTime<Utc>>>,
     /// Changes before this were told, or came before anybody listened.
     until: DateTime<Utc>,
     /// How many runs may gather before those that have ended are forgotten.
@@ -75,7 +79,7 @@ impl Told {
     const LEAST: usize = 1_024;
 
     fn since(now: DateTime<Utc>) -> Self {
-        Self { runs: HashMap::new(), used: None, until: now, most: Self::LEAST }
+        Self { runs: HashMap::new(), used: None, provisioned: None, until: now, most: Self::LEAST }
     }
 
     /// Whether a run's state is news; if so it counts as told.
@@ -132,6 +136,7 @@ impl Changes {
                 self.bus.tell(Topic::Tenant(tenant_id), What::Run(run.clone()));
             }
             Change::Usage => self.bus.tell(Topic::Tenant(tenant_id), What::Usage),
+            Change::Provisioning => self.bus.tell(Topic::Tenant(tenant_id), What::Provisioning),
         }
         self.hear(tenant_id, change);
     }
@@ -281,15 +286,25 @@ async fn look(app: &App, tenant_id: Uuid, channel: &Channel) -> Result<(), Error
         .one(app.db.read())
         .await?;
     let used = (month, used.unwrap_or(0));
-    let changed = {
+    let provisioned: Option<Option<DateTime<Utc>>> = cluster_tenants::Entity::in_tenant(tenant_id)
+        .select_only()
+        .column_as(cluster_tenants::Column::ChangedAt.max(), "changed_at")
+        .into_tuple()
+        .one(app.db.read())
+        .await?;
+    let (has_used, has_progressed) = {
         let mut told = channel.told();
         // What ended before that is never looked at again.
         let before = std::mem::replace(&mut told.until, now);
         told.forget_ended(before);
-        told.used.replace(used.clone()) != Some(used)
+        let provisioned = provisioned.flatten();
+        (told.used.replace(used.clone()) != Some(used), told.provisioned.replace(provisioned) != Some(provisioned))
     };
-    if changed {
+    if has_used {
         channel.tell(Change::Usage);
+    }
+    if has_progressed {
+        channel.tell(Change::Provisioning);
     }
     Ok(())
 }

@@ -8,10 +8,12 @@ use entity::{TenantOwned, tenants};
 use sea_orm::sea_query::Order;
 use uuid::Uuid;
 
-use super::NewTenant;
+use super::admin::{self, Done};
+use super::{NewTenant, TenantChange};
 use crate::agents::graphql::Agent;
 use crate::app::App;
 use crate::billing::graphql::{Invoice, Plan, PlanName};
+use crate::cluster::graphql::Provisioning;
 use crate::error::{UserError, payload};
 use crate::graphql::limits::list_complexity;
 use crate::graphql::loaders::{AgentsOf, ApiKeysOf, RuntimeTokensOf, load};
@@ -147,6 +149,12 @@ impl Tenant {
         Usage::load(ctx, self.0.clone(), period).await
     }
 
+    /// What the tenant has in a cluster; null where no object `Tenant` rules it. [MANAGE]
+    async fn provisioning(&self, ctx: &Context<'_>) -> Result<Option<Provisioning>> {
+        viewer(ctx)?.may_see(self.0.id, Scope::Manage)?;
+        Provisioning::load(ctx, self.0.id).await
+    }
+
     /// [BILLING]
     async fn invoice(&self, ctx: &Context<'_>, period: Option<Month>) -> Result<Invoice> {
         viewer(ctx)?.may_see(self.0.id, Scope::Billing)?;
@@ -209,9 +217,17 @@ pub struct DeletePayload {
     pub errors: Vec<UserError>,
 }
 
-fn tenant_payload(outcome: crate::error::Outcome<tenants::Model>) -> Result<TenantPayload> {
-    let (tenant, errors) = payload(outcome.map(Tenant))?;
-    Ok(TenantPayload { tenant, errors })
+/// What was done, beside what of it did not get to the tenant's object.
+fn tenant_payload(done: Done<tenants::Model>) -> Result<TenantPayload> {
+    let (tenant, errors) = done_payload(done)?;
+    Ok(TenantPayload { tenant: tenant.map(Tenant), errors })
+}
+
+fn done_payload<T>(done: Done<T>) -> Result<(Option<T>, Vec<UserError>)> {
+    let (done, mut errors) = payload(done)?;
+    let (done, problems) = done.unzip();
+    errors.extend(problems.into_iter().flatten());
+    Ok((done, errors))
 }
 
 /// An id that isn't a tenant's finds none.
@@ -274,38 +290,39 @@ impl TenantMutation {
             plan: input.plan.key().to_owned(),
             monthly_token_limit: input.monthly_token_limit.map(|limit| limit.0),
         };
-        tenant_payload(super::create(app(ctx)?, new).await)
+        tenant_payload(admin::create(app(ctx)?, new).await)
     }
 
     /// [platform admin]
     async fn update_tenant(&self, ctx: &Context<'_>, input: UpdateTenantInput) -> Result<TenantPayload> {
         viewer(ctx)?.require_admin()?;
-        let limit = input.monthly_token_limit.map_value(|limit| limit.0);
-        tenant_payload(super::update(app(ctx)?, tenant_id(&input.tenant_id), input.name, limit).await)
+        let monthly_token_limit = input.monthly_token_limit.map_value(|limit| limit.0);
+        let change = TenantChange { name: input.name, monthly_token_limit };
+        tenant_payload(admin::update(app(ctx)?, tenant_id(&input.tenant_id), change).await)
     }
 
     /// [platform admin]
     async fn set_tenant_plan(&self, ctx: &Context<'_>, input: SetTenantPlanInput) -> Result<TenantPayload> {
         viewer(ctx)?.require_admin()?;
-        tenant_payload(super::set_plan(app(ctx)?, tenant_id(&input.tenant_id), input.plan.key()).await)
+        tenant_payload(admin::set_plan(app(ctx)?, tenant_id(&input.tenant_id), input.plan.key()).await)
     }
 
     /// [platform admin]
     async fn suspend_tenant(&self, ctx: &Context<'_>, input: TenantIdInput) -> Result<TenantPayload> {
         viewer(ctx)?.require_admin()?;
-        tenant_payload(super::suspend(app(ctx)?, tenant_id(&input.tenant_id)).await)
+        tenant_payload(admin::suspend(app(ctx)?, tenant_id(&input.tenant_id)).await)
     }
 
     /// [platform admin]
     async fn resume_tenant(&self, ctx: &Context<'_>, input: TenantIdInput) -> Result<TenantPayload> {
         viewer(ctx)?.require_admin()?;
-        tenant_payload(super::resume(app(ctx)?, tenant_id(&input.tenant_id)).await)
+        tenant_payload(admin::resume(app(ctx)?, tenant_id(&input.tenant_id)).await)
     }
 
     /// [platform admin]
     async fn delete_tenant(&self, ctx: &Context<'_>, input: TenantIdInput) -> Result<DeletePayload> {
         viewer(ctx)?.require_admin()?;
-        let (deleted, errors) = payload(super::delete(app(ctx)?, tenant_id(&input.tenant_id)).await)?;
+        let (deleted, errors) = done_payload(admin::delete(app(ctx)?, tenant_id(&input.tenant_id)).await)?;
         Ok(DeletePayload { deleted_id: deleted.map(|id| ids::encode(ids::Tenant, id)), errors })
     }
 

@@ -1,26 +1,30 @@
-//! Tenants: made, changed, suspended and deleted by the platform admin.
+//! Tenants: made, changed, suspended and deleted by the platform admin ([`admin`]), or as their objects say
+//! ([`crate::cluster`]).
 
+pub mod admin;
 pub mod changes;
+pub mod edit;
 pub mod graphql;
 
 use base64::Engine;
 use chrono::TimeDelta;
-use entity::{TenantOwned, tenant_queues, tenants};
+use entity::{TenantOwned, tenants};
 use rand::RngExt;
 use sea_orm::ActiveValue::Set;
-use sea_orm::sea_query::Expr;
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QuerySelect,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, IntoActiveModel, QueryFilter, QuerySelect,
 };
 use uuid::Uuid;
 
+use self::edit::Edit;
 use crate::app::App;
 use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
 use crate::input::{Checks, Patch, PatchExt};
-use crate::keys::authority;
 use crate::runs;
 use crate::viewer::{Scope, Viewer};
 
+/// The longest name, in characters.
+pub const MAX_NAME: usize = 200;
 /// The longest grace of a rotated webhook secret: 30 days.
 const MAX_GRACE_SECONDS: i32 = 30 * 24 * 3_600;
 
@@ -38,8 +42,13 @@ pub struct NewTenant {
 
 /// Makes a tenant.
 pub async fn create(app: &App, new: NewTenant) -> Outcome<tenants::Model> {
+    insert(app, app.db.write(), new).await
+}
+
+/// Makes a tenant, in a transaction of the caller's.
+pub async fn insert(app: &App, db: &impl ConnectionTrait, new: NewTenant) -> Outcome<tenants::Model> {
     let mut checks = Checks::default();
-    checks.text("name", &new.name, 1, 200);
+    checks.text("name", &new.name, 1, MAX_NAME);
     checks.email("email", &new.email);
     checks.limit("monthlyTokenLimit", new.monthly_token_limit);
     checks.finish()?;
@@ -60,101 +69,44 @@ pub async fn create(app: &App, new: NewTenant) -> Outcome<tenants::Model> {
         created_at: Set(now),
         updated_at: Set(now),
         auth_epoch: Set(0),
+        suspended_by_object: Set(false),
+        suspended_by_admin: Set(false),
+        suspended_by_billing: Set(false),
+        suspended_by_absence: Set(false),
+        is_leaving: Set(false),
     };
-    Ok(row.insert(app.db.write()).await?)
+    Ok(row.insert(db).await?)
 }
 
-/// Changes a tenant's name or limit. A cleared limit is the plan's again.
-pub async fn update(app: &App, id: Uuid, name: Patch<String>, limit: Patch<i64>) -> Outcome<tenants::Model> {
-    let tx = app.db.begin().await?;
-    let mut row = locked(&tx, id).await?.into_active_model();
-    let mut checks = Checks::default();
-    if let Some(name) = checks.required("name", name) {
-        checks.text("name", &name, 1, 200);
-        row.name = Set(name);
+/// What is to change of a tenant; a cleared limit is the plan's again.
+#[derive(Clone)]
+pub struct TenantChange {
+    /// For people.
+    pub name: Patch<String>,
+    /// Its own limit in tokens a month.
+    pub monthly_token_limit: Patch<i64>,
+}
+
+impl TenantChange {
+    /// Refuses what can't be.
+    pub fn check(&self) -> Outcome<()> {
+        let mut checks = Checks::default();
+        if let Some(name) = checks.required("name", self.name.clone()) {
+            checks.text("name", &name, 1, MAX_NAME);
+        }
+        checks.limit("monthlyTokenLimit", self.monthly_token_limit.into_option().flatten());
+        checks.finish()
     }
-    if let Some(limit) = limit.into_option() {
-        checks.limit("monthlyTokenLimit", limit);
-        row.monthly_token_limit = Set(limit);
+
+    /// Changes it.
+    pub fn apply(self, edit: &mut Edit) {
+        if let Some(name) = self.name.into_option().flatten() {
+            edit.rename(name);
+        }
+        if let Some(limit) = self.monthly_token_limit.into_option() {
+            edit.limit(limit);
+        }
     }
-    checks.finish()?;
-    row.updated_at = Set(app.clock.now());
-    let tenant = row.update(&tx).await?;
-    authority::commit(app, tx, id).await?;
-    app.changes.publish(id, changes::Change::Usage);
-    app.releases.wake();
-    Ok(tenant)
-}
-
-/// Moves a tenant to a plan: its limit (unless it has its own), weight, caps and isolation.
-pub async fn set_plan(app: &App, id: Uuid, plan: &str) -> Outcome<tenants::Model> {
-    let plan = app.plans.get(plan)?;
-    let tx = app.db.begin().await?;
-    let tenant = locked(&tx, id).await?;
-    let suspended = tenant.status != tenants::Status::Active;
-    let mut row = tenant.into_active_model();
-    row.plan = Set(plan.name.clone());
-    row.isolation = Set(plan.isolation);
-    row.updated_at = Set(app.clock.now());
-    let tenant = row.update(&tx).await?;
-    if !suspended {
-        set_max_running(&tx, id, plan.max_concurrent_runs).await?;
-    }
-    runs::queue::change_pool(app, &tx, &tenant).await?;
-    authority::commit(app, tx, id).await?;
-    app.wakes.wake(&runs::queue::pool_of(&tenant));
-    app.releases.wake();
-    app.changes.publish(id, changes::Change::Usage);
-    Ok(tenant)
-}
-
-/// Stops serving a tenant at once: its keys answer 403, its runs go back to the queue and wait there.
-pub async fn suspend(app: &App, id: Uuid) -> Outcome<tenants::Model> {
-    let tx = app.db.begin().await?;
-    let mut row = locked(&tx, id).await?.into_active_model();
-    row.status = Set(tenants::Status::Suspended);
-    row.updated_at = Set(app.clock.now());
-    let tenant = row.update(&tx).await?;
-    set_max_running(&tx, id, 0).await?;
-    authority::commit(app, tx, id).await?;
-    // Apart: here runs are locked before the queue. Nothing is claimed any more, so none is overlooked.
-    let tx = app.db.begin().await?;
-    let stopped = runs::queue::take_back(&tx, runs::queue::Whose::Tenant(id), app.clock.now()).await?;
-    tx.commit().await?;
-    runs::announce(app, &stopped);
-    Ok(tenant)
-}
-
-/// Serves a suspended tenant again; its runs go on.
-pub async fn resume(app: &App, id: Uuid) -> Outcome<tenants::Model> {
-    let tx = app.db.begin().await?;
-    let tenant = locked(&tx, id).await?;
-    if tenant.status == tenants::Status::Active {
-        return Ok(tenant);
-    }
-    let plan = app.plans.get(&tenant.plan)?;
-    let mut row = tenant.into_active_model();
-    row.status = Set(tenants::Status::Active);
-    row.updated_at = Set(app.clock.now());
-    let tenant = row.update(&tx).await?;
-    set_max_running(&tx, id, plan.max_concurrent_runs).await?;
-    authority::commit(app, tx, id).await?;
-    app.wakes.wake(&runs::queue::pool_of(&tenant));
-    Ok(tenant)
-}
-
-/// Stops serving a tenant for good and cancels its runs. Its rows are kept for the books. A deletion that was
-/// interrupted may be asked for again, and goes on by itself at the next start.
-pub async fn delete(app: &App, id: Uuid) -> Outcome<Uuid> {
-    let tx = app.db.begin().await?;
-    let mut row = locked_in_any_state(&tx, id).await?.into_active_model();
-    row.status = Set(tenants::Status::Deleting);
-    row.updated_at = Set(app.clock.now());
-    row.update(&tx).await?;
-    set_max_running(&tx, id, 0).await?;
-    authority::commit(app, tx, id).await?;
-    runs::cancel_all(app, id).await?;
-    Ok(id)
 }
 
 /// Gives a tenant a new webhook secret; the old one signs too for `grace_seconds`. Returns the new
@@ -217,26 +169,19 @@ pub async fn finish_deletions(app: &App) -> Result<(), Error> {
     Ok(())
 }
 
+/// A tenant, its row locked.
 async fn locked_in_any_state(tx: &DatabaseTransaction, id: Uuid) -> Outcome<tenants::Model> {
     let tenant = tenants::Entity::in_tenant(id).lock_exclusive().one(tx).await?;
     tenant.ok_or_else(|| UserError::not_found("tenantId", "tenant").into())
 }
 
+/// A tenant that isn't being deleted, its row locked.
 async fn locked(tx: &DatabaseTransaction, id: Uuid) -> Outcome<tenants::Model> {
     let tenant = locked_in_any_state(tx, id).await?;
     if tenant.status == tenants::Status::Deleting {
         return Err(UserError::new(UserErrorCode::State, "tenantId", "This tenant is being deleted.").into());
     }
     Ok(tenant)
-}
-
-async fn set_max_running(tx: &DatabaseTransaction, tenant_id: Uuid, max_running: i32) -> Result<(), Error> {
-    tenant_queues::Entity::update_many()
-        .col_expr(tenant_queues::Column::MaxRunning, Expr::value(max_running))
-        .filter(tenant_queues::Column::TenantId.eq(tenant_id))
-        .exec(tx)
-        .await?;
-    Ok(())
 }
 
 /// 24 random bytes in base64, as Standard Webhooks asks for.

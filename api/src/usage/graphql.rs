@@ -235,7 +235,7 @@ impl UsageSubscription {
                 loop {
                     match changes.recv().await {
                         Ok(Change::Usage) | Err(RecvError::Lagged(_)) => break,
-                        Ok(Change::Run(_)) => {}
+                        Ok(Change::Run(_) | Change::Provisioning) => {}
                         Err(RecvError::Closed) => return,
                     }
                 }

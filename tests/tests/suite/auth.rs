@@ -231,6 +231,7 @@ fn asks(root: &Root) -> Asks {
         }
         (Kind::Subscription, "runEvents" | "runs") => OneOf(&["READ", "RUN"]),
         (Kind::Subscription, "usage") => OneOf(&["READ"]),
+        (Kind::Subscription, "provisioning") => OneOf(&["MANAGE"]),
         _ => panic!("{} is new: say in asks() which scope it asks for", root.path()),
     }
 }
@@ -297,6 +298,7 @@ async fn each_field_asks_for_its_scope(builder: TestAppBuilder) {
         // The parts of a tenant ask for their own.
         for (part, needed) in [
             ("apiKeys { nodes { id } }", "MANAGE"),
+            ("provisioning { phase }", "MANAGE"),
             ("agents { nodes { id } }", "READ"),
             ("usage { totalTokens }", "READ"),
             ("invoice { total }", "BILLING"),

@@ -8,6 +8,7 @@ mod bad_input;
 mod bad_requests;
 mod both;
 mod calls;
+mod cluster_door;
 mod config;
 mod conversations;
 mod crash;

@@ -1,0 +1,134 @@
+//! Who may speak as an operator: whoever has the configured key, or the operator's ServiceAccount, whose tokens the
+//! cluster reviews.
+
+use std::time::Duration;
+
+use dashmap::DashMap;
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use kube::Api;
+use kube::api::PostParams;
+use secrecy::ExposeSecret;
+use subtle::ConstantTimeEq;
+use tokio::time::{Instant, timeout};
+
+use super::refused::Refused;
+use crate::app::App;
+use crate::secrets::sha256_hex;
+use crds::protocol::RefusalCode;
+
+/// How long a token that the cluster knows is let in without asking again.
+const TRUST: Duration = Duration::from_secs(10);
+/// How long the cluster may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest token that is worth asking for, in bytes.
+const MAX_TOKEN: usize = 8 * 1024;
+/// Tokens that are remembered. Past it all are forgotten.
+const MAX_KEPT: usize = 1_000;
+
+/// Tokens that the cluster knew a moment ago, by their SHA-256.
+#[derive(Default)]
+pub struct Reviews(DashMap<String, Instant>);
+
+impl Reviews {
+    fn knows(&self, hash: &str) -> bool {
+        self.0.get(hash).is_some_and(|reviewed| reviewed.elapsed() < TRUST)
+    }
+
+    fn keep(&self, hash: String) {
+        if self.0.len() >= MAX_KEPT {
+            self.0.clear();
+        }
+        self.0.insert(hash, Instant::now());
+    }
+}
+
+/// Lets an operator in.
+///
+/// # Errors
+/// The credential is not an operator's, or nobody can tell now.
+pub async fn verify(app: &App, credential: Option<&str>) -> Result<(), Refused> {
+    let config = &app.config.cluster;
+    if config.operator_key.is_none() && config.operator_service_account.is_none() {
+        return Err(Refused::unavailable(
+            "This api has no operators: configure cluster.operator_service_account or cluster.operator_key.",
+        ));
+    }
+    let token = credential.ok_or_else(|| refused("Send the operator's credential as `Authorization: Bearer`."))?;
+    let hash = sha256_hex(token);
+    if let Some(key) = &config.operator_key
+        && bool::from(sha256_hex(key.expose_secret()).as_bytes().ct_eq(hash.as_bytes()))
+    {
+        return Ok(());
+    }
+    let Some(account) = &config.operator_service_account else { return Err(refused(UNKNOWN)) };
+    if app.cluster.reviews.knows(&hash) {
+        return Ok(());
+    }
+    // What isn't a JSON Web Token is no ServiceAccount's.
+    if token.len() > MAX_TOKEN || token.split('.').count() != 3 {
+        return Err(refused(UNKNOWN));
+    }
+    if !is_account(&review(app, token).await?, account, &config.audience) {
+        return Err(refused(UNKNOWN));
+    }
+    app.cluster.reviews.keep(hash);
+    Ok(())
+}
+
+const UNKNOWN: &str = "This credential is not the operator's, or not for this api.";
+
+fn refused(message: &str) -> Refused {
+    Refused::new(RefusalCode::Unauthenticated, message)
+}
+
+async fn review(app: &App, token: &str) -> Result<TokenReviewStatus, Refused> {
+    let away = |reason: String| {
+        tracing::warn!(reason, "an operator's token can't be reviewed");
+        Refused::unavailable("The cluster can't be asked now whether this credential is the operator's. Try again.")
+    };
+    let client = app.cluster.client.clone().ok_or_else(|| away("there is no way to a cluster".to_owned()))?;
+    let spec = TokenReviewSpec { token: token.to_owned(), audiences: Some(vec![app.config.cluster.audience.clone()]) };
+    let asked = TokenReview { spec, ..Default::default() };
+    let api: Api<TokenReview> = Api::all(client);
+    let parameters = PostParams::default();
+    let answered = timeout(PATIENCE, api.create(&parameters, &asked)).await;
+    let answered = answered.map_err(|_| away(format!("no answer within {} s", PATIENCE.as_secs())))?;
+    Ok(answered.map_err(|error| away(error.to_string()))?.status.unwrap_or_default())
+}
+
+/// Whether the cluster says that the token is the ServiceAccount's (`namespace/name`), and for this audience. An API
+/// server that doesn't know audiences names none, and its answer is not taken.
+/// Source: <https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/token-review-v1/>.
+fn is_account(status: &TokenReviewStatus, account: &str, audience: &str) -> bool {
+    let user = status.user.as_ref().and_then(|user| user.username.as_deref());
+    let named = account.split_once('/').map(|(namespace, name)| format!("system:serviceaccount:{namespace}:{name}"));
+    status.authenticated == Some(true)
+        && named.is_some()
+        && user == named.as_deref()
+        && status.audiences.iter().flatten().any(|own| own == audience)
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::authentication::v1::UserInfo;
+
+    use super::*;
+
+    #[test]
+    fn only_the_account_for_the_audience_is_taken() {
+        let status = |authenticated: bool, user: &str, audiences: &[&str]| TokenReviewStatus {
+            authenticated: Some(authenticated),
+            audiences: Some(audiences.iter().map(|&audience| audience.to_owned()).collect()),
+            user: Some(UserInfo { username: Some(user.to_owned()), ..Default::default() }),
+            error: None,
+        };
+        let operator = "system:serviceaccount:cloister:operator";
+        let is_taken = |status| is_account(&status, "cloister/operator", "cloister-api");
+        assert!(is_taken(status(true, operator, &["cloister-api"])));
+        assert!(!is_taken(status(false, operator, &["cloister-api"])));
+        assert!(!is_taken(status(true, "system:serviceaccount:tenant-a:operator", &["cloister-api"])));
+        assert!(!is_taken(status(true, operator, &["https://kubernetes.default.svc"])));
+        assert!(!is_taken(status(true, operator, &[])));
+        assert!(!is_account(&status(true, "", &["cloister-api"]), "malformed", "cloister-api"));
+    }
+}

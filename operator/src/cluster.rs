@@ -1,0 +1,282 @@
+//! The cluster as the operator sees it: one watch a kind, slimmed, and what was written since. Nothing is read from the
+//! API server object by object.
+
+pub mod definition;
+pub mod mirror;
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use crds::Tenant;
+use crds::tenant::{TENANT_LABEL, TENANT_UID_ANNOTATION};
+use futures_util::StreamExt;
+use ipnet::IpNet;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{LimitRange, Namespace, ResourceQuota, Secret, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::PartialObjectMeta;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::watcher::{Config, Event, watcher};
+use kube::{Api, Client, Resource, ResourceExt};
+use metrics::counter;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use self::mirror::{Mirror, slim};
+use crate::build::NAME;
+use crate::settings::Settings;
+
+/// Tenants that are to be looked at.
+#[derive(Clone)]
+pub struct Triggers(mpsc::UnboundedSender<ObjectRef<Tenant>>);
+
+impl Triggers {
+    /// Triggers, and where they arrive.
+    pub fn new() -> (Self, mpsc::UnboundedReceiver<ObjectRef<Tenant>>) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (Self(sender), receiver)
+    }
+
+    /// Has a tenant looked at. Nobody listening means that the operator stops.
+    pub fn tenant(&self, name: &str) {
+        let _ = self.0.send(ObjectRef::new(name));
+    }
+}
+
+/// The cluster.
+pub struct Cluster {
+    /// Every tenant.
+    pub tenants: Store<Tenant>,
+    /// Every namespace: a tenant's may have lost its label, and a foreign one may bear its name.
+    pub namespaces: Mirror<Namespace>,
+    /// Tenants' quotas.
+    pub quotas: Mirror<ResourceQuota>,
+    /// Tenants' limit ranges.
+    pub limits: Mirror<LimitRange>,
+    /// Every network policy: a foreign one opens what ours closes.
+    pub policies: Mirror<NetworkPolicy>,
+    /// Tenants' service accounts.
+    pub accounts: Mirror<ServiceAccount>,
+    /// Tenants' secrets, without what they hold.
+    pub secrets: Mirror<PartialObjectMeta<Secret>>,
+    /// Tenants' workers.
+    pub deployments: Mirror<Deployment>,
+    /// Tenants' disruption budgets.
+    pub budgets: Mirror<PodDisruptionBudget>,
+    /// Where the Kubernetes API listens.
+    pub endpoints: Mirror<EndpointSlice>,
+    /// Whom to look at.
+    pub triggers: Triggers,
+    namespace_prefix: String,
+}
+
+impl Cluster {
+    /// Begins to watch, until `stopping`. `forget` is told of tenants whose object is gone.
+    pub fn watch(
+        client: &Client,
+        settings: &Settings,
+        triggers: Triggers,
+        forget: impl Fn(&str) + Send + Sync + 'static,
+        stopping: &CancellationToken,
+    ) -> Arc<Self> {
+        let (tenants, tenants_writer) = reflector::store();
+        let (namespaces, namespaces_writer) = mirror::mirror();
+        let (quotas, quotas_writer) = mirror::mirror();
+        let (limits, limits_writer) = mirror::mirror();
+        let (policies, policies_writer) = mirror::mirror();
+        let (accounts, accounts_writer) = mirror::mirror();
+        let (secrets, secrets_writer) = mirror::mirror();
+        let (deployments, deployments_writer) = mirror::mirror();
+        let (budgets, budgets_writer) = mirror::mirror();
+        let (endpoints, endpoints_writer) = mirror::mirror();
+        let cluster = Arc::new(Self {
+            tenants,
+            namespaces,
+            quotas,
+            limits,
+            policies,
+            accounts,
+            secrets,
+            deployments,
+            budgets,
+            endpoints,
+            triggers,
+            namespace_prefix: settings.namespace_prefix.clone(),
+        });
+
+        let watch = Watch { cluster: cluster.clone(), client: client.clone(), stopping: stopping.clone() };
+        let ours = Config::default().fields(&format!("metadata.name={NAME}"));
+        let all = Config::default();
+        watch.tenants(tenants_writer, forget);
+        watch.children(Api::all(client.clone()), all.clone(), namespaces_writer, |it| &it.namespaces);
+        watch.children(Api::all(client.clone()), ours.clone(), quotas_writer, |it| &it.quotas);
+        watch.children(Api::all(client.clone()), ours.clone(), limits_writer, |it| &it.limits);
+        watch.children(Api::all(client.clone()), all, policies_writer, |it| &it.policies);
+        watch.children(Api::all(client.clone()), ours.clone(), accounts_writer, |it| &it.accounts);
+        watch.children(Api::all(client.clone()), ours.clone(), secrets_writer, |it| &it.secrets);
+        watch.children(Api::all(client.clone()), ours.clone(), deployments_writer, |it| &it.deployments);
+        watch.children(Api::all(client.clone()), ours, budgets_writer, |it| &it.budgets);
+        let kubernetes = Config::default().fields("metadata.name=kubernetes");
+        let default = Api::namespaced(client.clone(), "default");
+        watch.children(default, kubernetes, endpoints_writer, |it| &it.endpoints);
+        cluster
+    }
+
+    /// Waits until each kind was listed once.
+    pub async fn wait_until_listed(&self) {
+        // A writer that is gone means that the operator stops.
+        let _ = tokio::join!(
+            self.tenants.wait_until_ready(),
+            self.namespaces.wait_until_listed(),
+            self.quotas.wait_until_listed(),
+            self.limits.wait_until_listed(),
+            self.policies.wait_until_listed(),
+            self.accounts.wait_until_listed(),
+            self.secrets.wait_until_listed(),
+            self.deployments.wait_until_listed(),
+            self.budgets.wait_until_listed(),
+            self.endpoints.wait_until_listed(),
+        );
+    }
+
+    /// Has every tenant looked at.
+    pub fn trigger_all(&self) {
+        for tenant in self.tenants.state() {
+            self.triggers.tenant(&tenant.name_any());
+        }
+    }
+
+    /// The Kubernetes API's own addresses.
+    pub fn api_server(&self) -> Vec<IpNet> {
+        let slices = self.endpoints.all();
+        let addresses = slices.iter().flat_map(|slice| slice.endpoints.iter().flatten()).flat_map(|it| &it.addresses);
+        let mut nets: Vec<IpNet> =
+            addresses.filter_map(|address| address.parse().ok().map(|ip: std::net::IpAddr| IpNet::from(ip))).collect();
+        nets.sort();
+        nets.dedup();
+        nets
+    }
+
+    /// Names of network policies in this namespace that are not ours.
+    pub fn foreign_policies(&self, namespace: &str) -> Vec<String> {
+        let policies = self.policies.in_namespace(namespace);
+        let mut names: Vec<String> =
+            policies.iter().map(|policy| policy.name_any()).filter(|name| name != NAME).collect();
+        names.sort();
+        names
+    }
+
+    /// Namespaces that bear our label and belong to no tenant that there is.
+    pub fn orphans(&self) -> Vec<String> {
+        let namespaces = self.namespaces.all();
+        let mut orphans: Vec<String> = namespaces
+            .iter()
+            .filter(|namespace| namespace.labels().contains_key(TENANT_LABEL) && !self.has_tenant(namespace))
+            .map(|namespace| namespace.name_any())
+            .collect();
+        orphans.sort();
+        orphans
+    }
+
+    fn has_tenant(&self, namespace: &Namespace) -> bool {
+        let uid = namespace.annotations().get(TENANT_UID_ANNOTATION);
+        self.tenant_of(&namespace.name_any())
+            .and_then(|name| self.tenants.get(&ObjectRef::new(&name)))
+            .is_some_and(|tenant| tenant.metadata.uid.as_ref() == uid || owns(&tenant, namespace))
+    }
+
+    /// The tenant that a namespace by this name belongs, or would belong, to.
+    fn tenant_of(&self, namespace: &str) -> Option<String> {
+        let by_name = namespace.strip_prefix(&self.namespace_prefix);
+        if let Some(name) = by_name
+            && self.tenants.get(&ObjectRef::new(name)).is_some()
+        {
+            return Some(name.to_owned());
+        }
+        // One that was made under another prefix.
+        let has = |tenant: &Tenant| {
+            let status = tenant.status.as_ref().and_then(|status| status.namespace.as_ref());
+            status.is_some_and(|status| status.name == namespace)
+        };
+        self.tenants.find(has).map(|tenant| tenant.name_any())
+    }
+}
+
+fn owns(tenant: &Tenant, namespace: &Namespace) -> bool {
+    let status = tenant.status.as_ref().and_then(|status| status.namespace.as_ref());
+    status.is_some_and(|status| Some(&status.uid) == namespace.metadata.uid.as_ref())
+}
+
+struct Watch {
+    cluster: Arc<Cluster>,
+    client: Client,
+    stopping: CancellationToken,
+}
+
+impl Watch {
+    fn tenants(&self, writer: reflector::store::Writer<Tenant>, forget: impl Fn(&str) + Send + Sync + 'static) {
+        let stream = watcher(Api::<Tenant>::all(self.client.clone()), Config::default()).modify(slim).reflect(writer);
+        let cluster = self.cluster.clone();
+        self.run("Tenant", stream.default_backoff(), move |event| match event {
+            Event::Apply(tenant) => cluster.triggers.tenant(&tenant.name_any()),
+            Event::Delete(tenant) => forget(&tenant.name_any()),
+            Event::InitDone => cluster.trigger_all(),
+            Event::Init | Event::InitApply(_) => {}
+        });
+    }
+
+    fn children<K>(
+        &self,
+        api: Api<K>,
+        config: Config,
+        writer: reflector::store::Writer<K>,
+        mirror: impl Fn(&Cluster) -> &Mirror<K> + Send + Sync + 'static,
+    ) where
+        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+    {
+        let stream = watcher(api, config).modify(slim).reflect(writer);
+        let cluster = self.cluster.clone();
+        self.run(&K::kind(&()), stream.default_backoff(), move |event| {
+            mirror(&cluster).saw(&event);
+            match event {
+                Event::Apply(object) | Event::Delete(object) => {
+                    let namespace = object.namespace().unwrap_or_else(|| object.name_any());
+                    if let Some(tenant) = cluster.tenant_of(&namespace) {
+                        cluster.triggers.tenant(&tenant);
+                    } else if K::kind(&()) == "EndpointSlice" {
+                        // The Kubernetes API moved: every tenant's policy names its addresses.
+                        cluster.trigger_all();
+                    }
+                }
+                // What went while nobody watched left no event.
+                Event::InitDone => cluster.trigger_all(),
+                Event::Init | Event::InitApply(_) => {}
+            }
+        });
+    }
+
+    fn run<K, S>(&self, kind: &str, stream: S, mut on: impl FnMut(Event<K>) + Send + 'static)
+    where
+        K: Send + 'static,
+        S: futures_util::Stream<Item = Result<Event<K>, kube::runtime::watcher::Error>> + Send + 'static,
+    {
+        let kind = kind.to_owned();
+        let stopping = self.stopping.clone();
+        tokio::spawn(async move {
+            let mut stream = std::pin::pin!(stream);
+            while let Some(Some(event)) = stopping.run_until_cancelled(stream.next()).await {
+                match event {
+                    Ok(event) => on(event),
+                    Err(error) => {
+                        counter!("cloister_operator_watch_errors_total", "kind" => kind.clone()).increment(1);
+                        tracing::warn!(%kind, %error, "a watch was interrupted and begins again");
+                    }
+                }
+            }
+        });
+    }
+}

@@ -1,0 +1,82 @@
+//! What the operator remembers of each tenant between two looks. All of it may be lost: it saves questions, and is found
+//! again from the object and the api.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use crds::protocol::{Provisioning, State};
+
+use crate::api::ApiError;
+use crate::scaling::Window;
+
+/// What is remembered of all tenants, by their objects' names.
+#[derive(Default)]
+pub struct Memory(Mutex<HashMap<String, Entry>>);
+
+/// What is remembered of a tenant.
+#[derive(Default)]
+pub struct Entry {
+    /// The UID of the object that this is of; empty before it was looked at.
+    uid: String,
+    /// What holds, as the api last told.
+    pub state: Option<State>,
+    /// The generation of the spec that the api knows.
+    pub acknowledged: Option<i64>,
+    /// A generation that the api refused, why, and when.
+    pub refused: Option<(i64, ApiError, Instant)>,
+    /// What the api was last told of the cluster's side.
+    pub reported: Option<Provisioning>,
+    /// When the status' usage was last written.
+    pub usage_written: Option<Instant>,
+    /// How many workers were recommended lately.
+    pub window: Window,
+    /// The last rotation of the workers' token that was asked for.
+    pub rotation: i64,
+    /// Looks that failed, one after the other.
+    pub failures: u32,
+}
+
+impl Memory {
+    /// Begins a look at the object with this UID. Another object by the same name is another story.
+    pub fn meet(&self, name: &str, uid: &str) {
+        self.with(name, |entry| {
+            if entry.uid != uid {
+                // What the api told of it before it was first looked at is of it.
+                let state = entry.state.take().filter(|_| entry.uid.is_empty());
+                *entry = Entry { uid: uid.to_owned(), state, ..Entry::default() };
+            }
+        });
+    }
+
+    /// Takes in what the api tells; whether that is news.
+    pub fn told(&self, name: &str, state: State) -> bool {
+        self.with(name, |entry| entry.state.replace(state.clone()) != Some(state))
+    }
+
+    /// Looks at, or changes, what is remembered of a tenant.
+    pub fn with<R>(&self, name: &str, look: impl FnOnce(&mut Entry) -> R) -> R {
+        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        look(entries.entry(name.to_owned()).or_default())
+    }
+
+    /// Forgets a tenant.
+    pub fn forget(&self, name: &str) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+    }
+
+    /// Tenants whose last look failed.
+    pub fn failing(&self) -> usize {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.values().filter(|entry| entry.failures > 0).count()
+    }
+
+    /// The usage of every tenant, as the api last told: name, tokens, limit.
+    pub fn usage(&self) -> Vec<(String, i64, i64)> {
+        let entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let usage = |(name, entry): (&String, &Entry)| {
+            entry.state.as_ref().map(|state| (name.clone(), state.usage.tokens, state.usage.limit))
+        };
+        entries.iter().filter_map(usage).collect()
+    }
+}

@@ -1,0 +1,3 @@
+module cloister.dev/tests/cluster/programs
+
+go 1.26.0

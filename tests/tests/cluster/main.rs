@@ -1,0 +1,6 @@
+//! The tests on a real Kubernetes cluster, which the first of them starts; a module an area.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod doors;
+mod smoke;
