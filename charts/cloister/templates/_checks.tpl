@@ -26,6 +26,12 @@ that lint, template, install and upgrade all check.
 {{- if and .Values.secrets.existingSecret (or .Values.secrets.key .Values.secrets.adminKey) -}}
 {{- fail "secrets.existingSecret and secrets.key or secrets.adminKey are both set: the keys are either the Secret's or the release's; remove one" -}}
 {{- end -}}
+{{- if and $sqlite .Values.redis.existingSecret -}}
+{{- fail "redis.existingSecret is set, but database.type is sqlite: Redis joins replicas, and sqlite serves one; remove it, or set database.type to postgres" -}}
+{{- end -}}
+{{- if and .Values.metrics.serviceMonitor.enabled .Values.secrets.key (not .Values.secrets.adminKey) -}}
+{{- fail "metrics.serviceMonitor.enabled needs secrets.adminKey: the api's metrics are the platform admin's" -}}
+{{- end -}}
 {{- if and .Values.api.ingress.enabled (not .Values.api.ingress.host) -}}
 {{- fail "api.ingress.host is empty: name the host that the Ingress is for" -}}
 {{- end -}}

@@ -1,6 +1,11 @@
+{{/* The user that the operator is. */}}
+{{- define "cloister.operatorUser" -}}
+{{ printf "system:serviceaccount:%s:%s-operator" .Release.Namespace (include "cloister.fullname" .) | toJson }}
+{{- end -}}
+
 {{/*
 Who writes tenants' namespaces: the operator; the API server; the controllers, as users of kube-system or, where they share
-one, by its name; the scheduler, which binds pods; the kubelets, which tell of them; and whom the values name.
+one, by its name; the scheduler, which binds pods; the kubelets, which end them; and whom the values name.
 */}}
 {{- define "cloister.admissionVariables" -}}
 - name: user
@@ -8,7 +13,7 @@ one, by its name; the scheduler, which binds pods; the kubelets, which tell of t
 - name: groups
   expression: "has(request.userInfo.groups) ? request.userInfo.groups : []"
 - name: isOperator
-  expression: variables.user == {{ printf "system:serviceaccount:%s:%s-operator" .Release.Namespace (include "cloister.fullname" .) | toJson }}
+  expression: variables.user == {{ include "cloister.operatorUser" . }}
 - name: isCluster
   expression: >-
     variables.user in ["system:apiserver", "system:kube-controller-manager", "system:kube-scheduler"]
