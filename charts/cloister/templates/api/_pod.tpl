@@ -34,7 +34,7 @@
 - {name: CLOISTER_CLUSTER__ENABLED, value: "true"}
 {{- end }}
 {{- if .Values.operator.enabled }}
-- {name: CLOISTER_CLUSTER__OPERATOR_SERVICE_ACCOUNT, value: "{{ .Release.Namespace }}:{{ include "cloister.fullname" . }}-operator"}
+- {name: CLOISTER_CLUSTER__OPERATOR_SERVICE_ACCOUNT, value: {{ .Release.Namespace }}/{{ include "cloister.fullname" . }}-operator}
 {{- end }}
 {{- with .Values.api.env }}
 {{ toYaml . }}
