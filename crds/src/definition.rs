@@ -1,6 +1,8 @@
 //! The resource's definition, as it is installed.
 
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray,
+};
 use kube::CustomResourceExt;
 
 use crate::Tenant;
@@ -37,10 +39,7 @@ fn simplify(schema: &mut JSONSchemaProps) {
     for property in schema.properties.iter_mut().flat_map(|properties| properties.values_mut()) {
         simplify(property);
     }
-    if let Some(k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::JSONSchemaPropsOrArray::Schema(
-        items,
-    )) = schema.items.as_mut()
-    {
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = schema.items.as_mut() {
         simplify(items);
     }
 }

@@ -24,11 +24,11 @@ pub fn email_is_fixed() -> Rule {
         .field_path(".spec.email")
 }
 
-/// The same for the tenant's id.
+/// The same for the tenant's id, which may still be written down once it is known.
 pub fn tenant_id_is_fixed() -> Rule {
     Rule::new(
-        "!has(oldSelf.status) || !has(oldSelf.status.tenantId) || (has(self.spec.tenantId) ? self.spec.tenantId : '') == \
-         (has(oldSelf.spec.tenantId) ? oldSelf.spec.tenantId : '')",
+        "!has(oldSelf.status) || !has(oldSelf.status.tenantId) || (has(self.spec.tenantId) ? self.spec.tenantId == \
+         (has(oldSelf.spec.tenantId) ? oldSelf.spec.tenantId : oldSelf.status.tenantId) : !has(oldSelf.spec.tenantId))",
     )
     .message(
         "spec.tenantId is fixed once the tenant is registered. Set it back; another tenant is taken over by another Tenant.",
@@ -42,11 +42,19 @@ pub fn enterprise_only(field: &str) -> Rule {
         .field_path(format!(".{field}"))
 }
 
-const MAX_REPLICAS: &str = "(self.?runtime.?autoscaling.hasValue() ? self.runtime.autoscaling.maxReplicas : \
-                            self.?runtime.?replicas.orValue(DEFAULT))";
+/// The value of a field that may be missing at any level, or else `default`. Not in CEL's words for optional values:
+/// their cost is estimated as if they had no bound, and the API server refuses the definition.
+fn or_else(path: &str, default: &str) -> String {
+    let fields = path.split('.').scan("self".to_owned(), |at, field| {
+        *at = format!("{at}.{field}");
+        Some(at.clone())
+    });
+    let there: Vec<String> = fields.map(|field| format!("has({field})")).collect();
+    format!("({} ? self.{path} : {default})", there.join(" && "))
+}
 
 fn max_replicas() -> String {
-    MAX_REPLICAS.replace("DEFAULT", &DEFAULT_REPLICAS.to_string())
+    or_else("runtime.autoscaling.maxReplicas", &or_else("runtime.replicas", &DEFAULT_REPLICAS.to_string()))
 }
 
 /// The quota holds every worker that is wanted, and the one more that takes another's place in a rollout.
@@ -56,10 +64,11 @@ pub fn quota_holds(resource: &str) -> Rule {
     let default = if of == "cpu" { cpu } else { memory };
     let field = format!("{kind}__dot__{of}");
     let replicas = max_replicas();
-    let each = format!("self.?runtime.?resources.?{kind}.?{of}.orValue('{default}')");
+    let each = or_else(&format!("runtime.resources.{kind}.{of}"), &format!("'{default}'"));
+    // The factor forgives what floating point makes of 3 * 0.1.
     let rule = format!(
-        "!has(self.quota) || !has(self.quota.{field}) || !isQuantity(self.quota.{field}) || !isQuantity({each}) || \
-         quantity(self.quota.{field}).asApproximateFloat() >= double({replicas} + 1) * quantity({each}).asApproximateFloat()"
+        "!has(self.quota) || !has(self.quota.{field}) || quantity(self.quota.{field}).asApproximateFloat() >= \
+         double({replicas} + 1) * quantity({each}).asApproximateFloat() * 0.999999"
     );
     Rule::new(rule)
         .message(&*format!(
@@ -72,10 +81,7 @@ pub fn quota_holds(resource: &str) -> Rule {
 /// The same for the number of pods.
 pub fn quota_holds_pods() -> Rule {
     let replicas = max_replicas();
-    let rule = format!(
-        "!has(self.quota) || !has(self.quota.pods) || !self.quota.pods.matches('^[0-9]{{1,6}}$') || \
-         int(self.quota.pods) > {replicas}"
-    );
+    let rule = format!("!has(self.quota) || !has(self.quota.pods) || int(self.quota.pods) > {replicas}");
     Rule::new(rule)
         .message(
             "spec.quota.pods must hold the runtime's replicas (autoscaling: maxReplicas) and one more, for a rollout. \
@@ -100,15 +106,21 @@ pub fn min_up_to_max() -> Rule {
 /// Kubernetes refuses pods that request more than they may use.
 pub fn limit_covers_request(of: &str) -> Rule {
     let index = usize::from(of == "memory");
-    let request = format!("self.?requests.?{of}.orValue('{}')", DEFAULT_REQUESTS[index]);
-    let limit = format!("self.?limits.?{of}.orValue('{}')", DEFAULT_LIMITS[index]);
-    Rule::new(format!(
-        "!isQuantity({request}) || !isQuantity({limit}) || quantity({request}).compareTo(quantity({limit})) <= 0"
-    ))
-    .message(&*format!(
+    let request = or_else(&format!("requests.{of}"), &format!("'{}'", DEFAULT_REQUESTS[index]));
+    let limit = or_else(&format!("limits.{of}"), &format!("'{}'", DEFAULT_LIMITS[index]));
+    Rule::new(format!("quantity({request}).compareTo(quantity({limit})) <= 0")).message(&*format!(
         "spec.runtime.resources.requests.{of} ({} unless set) must not exceed limits.{of} ({} unless set). Lower the \
          request, or raise the limit.",
         DEFAULT_REQUESTS[index], DEFAULT_LIMITS[index]
+    ))
+}
+
+/// Less is not enough for a worker to start, or to answer its probes.
+pub fn limit_suffices(of: &str) -> Rule {
+    let (least, index) = if of == "memory" { ("32Mi", 1) } else { ("10m", 0) };
+    let limit = or_else(&format!("limits.{of}"), &format!("'{}'", DEFAULT_LIMITS[index]));
+    Rule::new(format!("quantity({limit}).compareTo(quantity('{least}')) >= 0")).message(&*format!(
+        "spec.runtime.resources.limits.{of} is too little for a worker to start. Make it {least} at least."
     ))
 }
 
@@ -121,8 +133,11 @@ pub fn toleration() -> Rule {
 
 /// The API server's own notion of a CIDR.
 pub fn is_cidr() -> Rule {
-    Rule::new("isCIDR(self.cidr)")
-        .message("spec.network.allowedEgress: cidr must be a network in CIDR notation, such as 203.0.113.0/24.")
+    Rule::new("isCIDR(self.cidr) && cidr(self.cidr) == cidr(self.cidr).masked()")
+        .message(
+            "spec.network.allowedEgress: cidr must be a network in CIDR notation, such as 203.0.113.0/24, with no bits set \
+             beyond its length.",
+        )
         .field_path(".cidr")
 }
 
@@ -142,16 +157,17 @@ pub fn no_metadata() -> Rule {
         .field_path(".cidr")
 }
 
-/// A positive quantity, as Kubernetes writes it.
+/// A positive quantity, as Kubernetes writes it: thousandths at the finest.
 pub fn quantity(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "string",
         "minLength": 1,
         "maxLength": 20,
-        "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$",
+        "pattern": r"^([0-9]{1,15}m|[0-9]{1,15}(\.[0-9]{1,3})?(k|M|G|T|Ki|Mi|Gi|Ti)?)$",
         "x-kubernetes-validations": [{
-            "rule": "!isQuantity(self) || quantity(self).isGreaterThan(quantity('0'))",
-            "message": "must be a quantity above 0, such as 250m or 128Mi",
+            "rule": "!isQuantity(self) || (quantity(self).isGreaterThan(quantity('0')) && \
+                     quantity(self).compareTo(quantity('1Pi')) <= 0)",
+            "message": "must be a quantity above 0 and up to 1Pi, such as 250m or 128Mi",
         }],
     })
 }

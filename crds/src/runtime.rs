@@ -80,7 +80,9 @@ pub struct Autoscaling {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[x_kube(
     validation = rules::limit_covers_request("cpu"),
-    validation = rules::limit_covers_request("memory")
+    validation = rules::limit_covers_request("memory"),
+    validation = rules::limit_suffices("cpu"),
+    validation = rules::limit_suffices("memory")
 )]
 pub struct Resources {
     /// What the scheduler sets aside: 250m and 128Mi unless set.

@@ -1,5 +1,7 @@
 //! The committed definition and examples are what the types say.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 
 use crds::Tenant;
