@@ -1,6 +1,6 @@
 # What a person types. Everything else is cargo.
 
-.PHONY: run run-distributed test bench cluster cluster-down setup build
+.PHONY: run run-distributed demo-kubernetes test bench cluster cluster-down setup build
 
 # Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
 run:
@@ -18,6 +18,11 @@ cluster:
 
 cluster-down:
 	@scripts/cluster down
+
+# Try Kubernetes: a real cluster on this machine, the charts, an enterprise tenant and its run, each command shown.
+# Needs root. `make cluster-down` removes all of it.
+demo-kubernetes:
+	@scripts/demo-kubernetes
 
 # Everything that must hold: format, lints, every test.
 test: setup
