@@ -1,6 +1,6 @@
 # What a person types. Everything else is cargo.
 
-.PHONY: run run-distributed demo-kubernetes test bench cluster cluster-down setup build
+.PHONY: run run-distributed demo-kubernetes test test-cluster bench cluster cluster-down setup build
 
 # Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
 run:
@@ -29,17 +29,22 @@ test: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo build --workspace
-	@scripts/cluster build
 	cargo test --workspace
+
+# What needs a Kubernetes cluster, for root; the first time builds its programs, in about ten minutes.
+test-cluster:
+	@scripts/setup build test cluster
+	cargo build --workspace
+	@scripts/cluster build
+	cargo test --package cloister-tests --test cluster
 
 # How fast it is, beside its peers: half an hour on a quiet machine, into docs/benchmarks.md. QUICK=1 takes minutes.
 bench:
 	@scripts/bench all $(if $(QUICK),--quick)
 
-# What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients, and what a
-# cluster is made of (or CLOISTER_TEST_KUBECONFIG).
+# What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients.
 setup:
-	@scripts/setup build test cluster
+	@scripts/setup build test
 
 build:
 	cargo build --workspace
