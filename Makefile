@@ -35,7 +35,7 @@ test: setup
 test-cluster:
 	@scripts/setup build test cluster
 	cargo build --workspace
-	@scripts/cluster build
+	@[ -n "$$CLOISTER_TEST_KUBECONFIG" ] || scripts/cluster build
 	cargo test --package cloister-tests --test cluster
 
 # How fast it is, beside its peers: half an hour on a quiet machine, into docs/benchmarks.md. QUICK=1 takes minutes.

@@ -42,8 +42,10 @@ build() {
 build_kubernetes() {
     local version=k8s.io/component-base/version
     local minor=${kubernetes_version#*.}
-    (cd "$parts/kubernetes" && CGO_ENABLED=0 go build -buildvcs=false -trimpath -o "$cache/bin/kubernetes" -ldflags "-s -w
-        -X $version.gitVersion=v$kubernetes_version -X $version.gitMajor=1 -X $version.gitMinor=${minor%.*}") || return
+    local flags="-s -w -X $version.gitVersion=v$kubernetes_version"
+    flags+=" -X $version.gitMajor=${kubernetes_version%%.*} -X $version.gitMinor=${minor%.*}"
+    (cd "$parts/kubernetes" &&
+        CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags "$flags" -o "$cache/bin/kubernetes") || return
     local part
     for part in etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy kubectl; do
         ln -sf kubernetes "$cache/bin/$part"
@@ -82,7 +84,8 @@ archive_of() { # archive_of TAG
     echo "$cache/images/${name//[\/:]/_}.tar"
 }
 
-# Builds an image from a Dockerfile and writes it as an archive that a cluster loads. Bases come from what is built here.
+# Builds an image from a Dockerfile and writes it as an archive that a cluster loads. No base is fetched: it is one that
+# was built here.
 build_image() { # build_image TAG CONTEXT [OPTION OF buildah build]...
     local tag=$1 context=$2 archive
     archive=$(archive_of "$tag")
@@ -90,12 +93,15 @@ build_image() { # build_image TAG CONTEXT [OPTION OF buildah build]...
     need buildah "the package buildah"
     buildah_here build --pull=never --layers=false --quiet --tag "$tag" "$@" "$context" >/dev/null || return
     rm -f "$archive"
-    buildah_here push --quiet "$tag" "docker-archive:$archive:$tag"
+    buildah_here push --quiet "$tag" "docker-archive:$archive:$tag" || return
+    # The image that had the tag before would stay, a whole file system each time.
+    buildah_here rmi --prune >/dev/null
 }
 
 # Makes a Debian with the packages and commits it under TAG, for Dockerfiles that begin `FROM TAG`.
 build_base() { # build_base TAG SUITE [PACKAGE]...
     local tag=$1 suite=$2 tree="$cache/base.tar" container packages
+    local path=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
     shift 2
     need mmdebstrap "the package mmdebstrap"
     need buildah "the package buildah"
@@ -103,6 +109,6 @@ build_base() { # build_base TAG SUITE [PACKAGE]...
     mmdebstrap --quiet --variant=minbase ${packages:+--include="$packages"} "$suite" "$tree" || return
     container=$(buildah_here from scratch) || return
     buildah_here add --quiet "$container" "$tree" / >/dev/null &&
-        buildah_here config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container" &&
+        buildah_here config --cmd bash --env PATH="$path" "$container" &&
         buildah_here commit --quiet --rm "$container" "$tag" >/dev/null && rm -f "$tree"
 }

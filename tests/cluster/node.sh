@@ -118,8 +118,8 @@ start_controllers() {
         --leader-elect=false --secure-port=0 --use-service-account-credentials=true \
         --root-ca-file=/mnt/pki/ca.crt --service-account-private-key-file=/mnt/pki/accounts.key \
         --kube-api-qps=1000 --kube-api-burst=1000 --concurrent-deployment-syncs=50 --concurrent-replicaset-syncs=50 \
-        --concurrent-namespace-syncs=50 --concurrent-resource-quota-syncs=50 --concurrent-serviceaccount-token-syncs=50 \
-        --concurrent-endpoint-syncs=50 --concurrent-service-endpoint-syncs=50 --concurrent-gc-syncs=50
+        --concurrent-namespace-syncs=50 --concurrent-resource-quota-syncs=50 --concurrent-gc-syncs=50 \
+        --concurrent-serviceaccount-token-syncs=50 --concurrent-endpoint-syncs=50 --concurrent-service-endpoint-syncs=50
     start kube-scheduler kube-scheduler --kubeconfig=/mnt/kubeconfigs/kube-scheduler --leader-elect=false \
         --secure-port=0 --kube-api-qps=1000 --kube-api-burst=1000
 }

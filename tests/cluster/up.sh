@@ -9,7 +9,7 @@ apart=(setsid)
 
 # Sets what is known of a cluster by its name, running or not.
 name_cluster() { # name_cluster NAME
-    [[ $1 =~ ^[a-z0-9][a-z0-9-]{0,62}$ ]] || fail "a cluster's name is made of small letters, digits and dashes, not '$1'"
+    [[ $1 =~ ^[a-z0-9][a-z0-9-]{0,62}$ ]] || fail "a cluster's name has small letters, digits and dashes, unlike '$1'"
     name=$1 state=$cache/clusters/$1
 }
 

@@ -209,13 +209,14 @@ impl Cluster {
         let token = self.kubectl(&token).await;
         let own = self.kubectl(&["config", "view", "--raw", "--minify", "--flatten", "--output", "json"]).await;
         let own: Value = serde_json::from_str(&own).expect("kubectl prints JSON");
+        let context = json!({"cluster": "test", "user": service_account, "namespace": namespace});
         let config = json!({
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "test",
             "clusters": [{"name": "test", "cluster": own["clusters"][0]["cluster"]}],
             "users": [{"name": service_account, "user": {"token": token.trim()}}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": service_account, "namespace": namespace}}],
+            "contexts": [{"name": "test", "context": context}],
         });
         let path = self.credentials.path().join(format!("{namespace}.{service_account}"));
         fs::write(&path, config.to_string()).expect("a kubeconfig");
