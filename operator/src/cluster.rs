@@ -183,10 +183,9 @@ impl Cluster {
     }
 
     fn has_tenant(&self, namespace: &Namespace) -> bool {
-        let uid = namespace.annotations().get(TENANT_UID_ANNOTATION);
         self.tenant_of(&namespace.name_any())
             .and_then(|name| self.tenants.get(&ObjectRef::new(&name)))
-            .is_some_and(|tenant| tenant.metadata.uid.as_ref() == uid || owns(&tenant, namespace))
+            .is_some_and(|tenant| owns(&tenant, namespace))
     }
 
     /// The tenant that a namespace by this name belongs, or would belong, to.
@@ -206,7 +205,16 @@ impl Cluster {
     }
 }
 
-fn owns(tenant: &Tenant, namespace: &Namespace) -> bool {
+/// Whether a namespace by the tenant's name is the tenant's. The annotation decides; where somebody took it away, the UID
+/// in the status does, which tells the namespace from another by the same name.
+pub fn owns(tenant: &Tenant, namespace: &Namespace) -> bool {
+    let annotation = namespace.annotations().get(TENANT_UID_ANNOTATION);
+    let is_marked = annotation.is_some() && annotation == tenant.metadata.uid.as_ref();
+    is_marked || is_in_status(tenant, namespace)
+}
+
+/// Whether the tenant's status names this very namespace.
+pub fn is_in_status(tenant: &Tenant, namespace: &Namespace) -> bool {
     let status = tenant.status.as_ref().and_then(|status| status.namespace.as_ref());
     status.is_some_and(|status| Some(&status.uid) == namespace.metadata.uid.as_ref())
 }

@@ -21,8 +21,7 @@ use kube::ResourceExt;
 use kube::runtime::controller::Action;
 use metrics::{counter, gauge, histogram};
 
-use self::apply::Applied;
-use self::course::{Course, Facts, Standing};
+use self::course::{Facts, Standing};
 use crate::api::ApiError;
 use crate::clock;
 use crate::error::Error;
@@ -239,18 +238,4 @@ fn look_for_usage(facts: &Facts, status: &TenantStatus, age: Option<Duration>) -
     let Standing::Held(state) = &facts.standing else { return None };
     let is_shown = status.usage.as_ref().is_some_and(|usage| !status::is_news(usage, &state.usage));
     (!is_shown).then(|| status::USAGE_EVERY.saturating_sub(age.unwrap_or_default()))
-}
-
-impl Course {
-    /// Whether the tenant has a namespace of its own, if perhaps not for long.
-    pub fn has_namespace(self) -> bool {
-        matches!(self, Course::Dedicated | Course::Draining { .. })
-    }
-}
-
-impl Applied {
-    /// What there is to say of a tenant that has no namespace.
-    fn nothing() -> Self {
-        Self::default()
-    }
 }

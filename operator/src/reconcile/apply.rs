@@ -14,6 +14,7 @@ use super::{namespace, runtime};
 use crate::build::limits::{build_limit_range, build_resource_quota};
 use crate::build::network::build_network_policy;
 use crate::clock;
+use crate::cluster::is_in_status;
 use crate::error::Error;
 use crate::operator::Operator;
 use crate::wanted::{Addresses, Wanted};
@@ -85,18 +86,17 @@ pub async fn apply(
     wanted: &Wanted,
     addresses: &Addresses,
 ) -> Applied {
-    let mut applied = Applied::nothing();
+    let mut applied = Applied::default();
     if !course.has_namespace() {
         return applied;
     }
+    if let Course::Draining { since, is_over: false } = course {
+        // Nothing else happens when the time is over.
+        let waited = (clock::now() - since).to_std().unwrap_or_default();
+        applied.look_again(Some(operator.settings.drain().saturating_sub(waited)));
+    }
     let result = match course {
         Course::Draining { is_over: true, .. } => remove(operator, tenant, facts, &mut applied).await,
-        Course::Draining { since, is_over: false } => {
-            // Nothing else happens when the time is over.
-            let waited = (clock::now() - since).to_std().unwrap_or_default();
-            applied.look_again(Some(operator.settings.drain().saturating_sub(waited)));
-            apply_all(operator, tenant, facts, course, wanted, addresses, &mut applied).await
-        }
         _ => apply_all(operator, tenant, facts, course, wanted, addresses, &mut applied).await,
     };
     if let Err(error) = result {
@@ -145,10 +145,4 @@ async fn remove(operator: &Operator, tenant: &Tenant, facts: &Facts, applied: &m
     // The status names it by the next look, should it not yet.
     applied.look_again(Some(NAMESPACE_AGAIN));
     Ok(())
-}
-
-/// Whether the status names this very namespace.
-pub fn is_in_status(tenant: &Tenant, namespace: &Namespace) -> bool {
-    let known = tenant.status.as_ref().and_then(|status| status.namespace.as_ref());
-    known.is_some_and(|known| Some(&known.uid) == namespace.metadata.uid.as_ref())
 }

@@ -7,13 +7,14 @@ use chrono::{DateTime, Utc};
 use crds::Tenant;
 use crds::protocol::{State, Suspension};
 use crds::status::{ConditionStatus, Isolation};
-use crds::tenant::{Plan, TENANT_UID_ANNOTATION};
+use crds::tenant::Plan;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::ResourceExt;
 
 use crate::api::ApiError;
 use crate::build::NAME;
+use crate::cluster::owns;
 use crate::operator::Operator;
 
 /// What was found out about a tenant.
@@ -98,15 +99,13 @@ impl Facts {
     }
 }
 
-/// Whose a namespace by the tenant's name is. The annotation decides; where somebody took it away, the UID in the status
-/// does, which tells the namespace from another by the same name.
+/// Whose a namespace by the tenant's name is.
 pub fn ownership(tenant: &Tenant, namespace: Option<&Namespace>) -> Ownership {
-    let Some(namespace) = namespace else { return Ownership::Absent };
-    let known = tenant.status.as_ref().and_then(|status| status.namespace.as_ref());
-    let is_known = known.is_some_and(|known| Some(&known.uid) == namespace.metadata.uid.as_ref());
-    let annotation = namespace.annotations().get(TENANT_UID_ANNOTATION);
-    let is_marked = annotation.is_some() && annotation == tenant.metadata.uid.as_ref();
-    if is_known || is_marked { Ownership::Ours } else { Ownership::Foreign }
+    match namespace {
+        None => Ownership::Absent,
+        Some(namespace) if owns(tenant, namespace) => Ownership::Ours,
+        Some(_) => Ownership::Foreign,
+    }
 }
 
 fn remembered_suspension(tenant: &Tenant) -> Option<Suspension> {
@@ -140,6 +139,13 @@ pub enum Course {
     },
 }
 
+impl Course {
+    /// Whether the tenant has a namespace of its own, if perhaps not for long.
+    pub fn has_namespace(self) -> bool {
+        matches!(self, Course::Dedicated | Course::Draining { .. })
+    }
+}
+
 /// What the plan that holds means.
 pub fn chart(tenant: &Tenant, facts: &Facts, now: DateTime<Utc>, drain: Duration) -> Course {
     let status = tenant.status.as_ref();
@@ -163,6 +169,7 @@ pub fn chart(tenant: &Tenant, facts: &Facts, now: DateTime<Utc>, drain: Duration
 mod tests {
     use crds::protocol::{Runs, Usage};
     use crds::status::{NamespaceStatus, RuntimeStatus, TenantStatus};
+    use crds::tenant::TENANT_UID_ANNOTATION;
     use kube::api::ObjectMeta;
     use serde_json::json;
 

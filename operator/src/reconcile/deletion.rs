@@ -10,12 +10,12 @@ use crds::status::{Isolation, NamespaceStatus, TenantStatus};
 use crds::tenant::{ABANDON_ANNOTATION, DeletionPolicy, FINALIZER};
 use kube::ResourceExt;
 
-use super::apply::is_in_status;
 use super::course::{Facts, Standing};
 use super::status::build_departure;
 use super::{namespace, publish, write};
 use crate::api::ApiError;
 use crate::clock;
+use crate::cluster::is_in_status;
 use crate::error::Error;
 use crate::operator::Operator;
 
