@@ -31,7 +31,7 @@ test: setup
 	cargo build --workspace
 	cargo test --workspace
 
-# What needs a Kubernetes cluster, for root; the first time builds its programs, in about ten minutes.
+# What needs a Kubernetes cluster, for root; the first time builds its programs, in about fifteen minutes.
 test-cluster:
 	@scripts/setup build test cluster
 	cargo build --workspace

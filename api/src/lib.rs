@@ -11,6 +11,7 @@ pub mod config;
 pub mod conversations;
 pub mod db;
 pub mod dev;
+mod door;
 mod drain;
 pub mod error;
 pub mod graphql;

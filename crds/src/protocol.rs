@@ -24,6 +24,9 @@ pub const VERSION_HEADER: &str = "cloister-operator-protocol";
 pub const MAX_WAIT_MS: u64 = 25_000;
 /// Seconds that a worker's token still works once another has taken its place, at most.
 pub const TOKEN_OVERLAP_SECONDS: i64 = 3_600;
+/// Seconds that it still works once the new one was seen in use: a kubelet brings a changed Secret to its pods more than a
+/// minute later than another may.
+pub const TOKEN_SEEN_SECONDS: i64 = 180;
 /// Seconds that a worker's token works: a week, so that an operator that is away for days stops nobody.
 pub const TOKEN_SECONDS: i64 = 7 * 24 * 3_600;
 
@@ -176,8 +179,8 @@ pub struct Departure {
 #[serde(rename_all = "camelCase")]
 pub struct TokenRequest {
     /// Counts up with each rotation. The same one again takes the place of the token that the first made and that may
-    /// never have arrived; those of lower rotations go on working until the new one is seen in use, and for
-    /// [`TOKEN_OVERLAP_SECONDS`] at most. A lower one than the last is refused.
+    /// never have arrived; those of lower rotations go on working for
+    /// [`TOKEN_SEEN_SECONDS`] once the new one is seen in use, and for [`TOKEN_OVERLAP_SECONDS`] at most. A lower one than the last is refused.
     pub rotation: i64,
 }
 

@@ -90,6 +90,13 @@ impl Leadership {
         }
     }
 
+    /// Leaves the Lease to whoever has it now. Releasing it, as letting go of `holds` does, would take it from them: it is
+    /// written without looking who holds it.
+    pub async fn leave(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+
     /// Hands the Lease over, so that another needs not wait for its end.
     pub async fn release(self) {
         drop(self.holds);

@@ -29,36 +29,47 @@ const ATTEMPTS: usize = 5;
 /// # Errors
 /// The Kubernetes API did not let it; the message says what.
 pub async fn release(client: &Client, settings: &Settings) -> Result<(), String> {
-    take_lease(client, &settings.namespace).await.map_err(|error| format!("Lease {LEASE}: {error}"))?;
-    tokio::time::sleep(NOTICE).await;
-    let tenants: Api<Tenant> = Api::all(client.clone());
     for attempt in 1.. {
-        let list = match tenants.list(&ListParams::default()).await {
-            Ok(list) => list,
-            // Without the definition there are no Tenants.
-            Err(kube::Error::Api(status)) if status.code == 404 => break,
-            Err(error) => return Err(format!("Tenants: {error}")),
-        };
-        let held: Vec<_> =
-            list.items.iter().filter(|tenant| tenant.finalizers().iter().any(|it| it == FINALIZER)).collect();
-        let mut failed = None;
-        for tenant in &held {
-            match remove_finalizer(client, tenant).await {
-                Ok(()) => tracing::info!(tenant = %tenant.name_any(), "released"),
-                Err(error) => failed = Some(error),
-            }
-        }
-        match failed {
-            None => break,
-            Some(error) if attempt >= ATTEMPTS => return Err(error.to_string()),
-            Some(error) => tracing::warn!(%error, "again"),
+        match let_go(client, settings).await {
+            Ok(true) => break,
+            Ok(false) if attempt >= ATTEMPTS => return Err("an operator is leading all the time".to_owned()),
+            Err(error) if attempt >= ATTEMPTS => return Err(error),
+            Ok(false) => tracing::warn!("an operator was leading still; again"),
+            Err(error) => tracing::warn!(%error, "again"),
         }
     }
     Ok(())
 }
 
-async fn take_lease(client: &Client, namespace: &str) -> kube::Result<()> {
-    let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
+/// One attempt; whether no operator led while the finalizers were removed, so that none is back.
+async fn let_go(client: &Client, settings: &Settings) -> Result<bool, String> {
+    let failed = |error: kube::Error| format!("Lease {LEASE}: {error}");
+    let leases: Api<Lease> = Api::namespaced(client.clone(), &settings.namespace);
+    take_lease(&leases).await.map_err(failed)?;
+    tokio::time::sleep(NOTICE).await;
+    remove_finalizers(client).await?;
+    // A leader that was just renewing the Lease may have taken it back.
+    let lease = leases.get(LEASE).await.map_err(failed)?;
+    Ok(lease.spec.and_then(|spec| spec.holder_identity).as_deref() == Some(HOLDER))
+}
+
+async fn remove_finalizers(client: &Client) -> Result<(), String> {
+    let tenants: Api<Tenant> = Api::all(client.clone());
+    let list = match tenants.list(&ListParams::default()).await {
+        Ok(list) => list,
+        // Without the definition there are no Tenants.
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(()),
+        Err(error) => return Err(format!("Tenants: {error}")),
+    };
+    for tenant in list.items.iter().filter(|tenant| tenant.finalizers().iter().any(|it| it == FINALIZER)) {
+        let name = tenant.name_any();
+        remove_finalizer(client, tenant).await.map_err(|error| format!("Tenant {name}: {error}"))?;
+        tracing::info!(tenant = name, "released");
+    }
+    Ok(())
+}
+
+async fn take_lease(leases: &Api<Lease>) -> kube::Result<()> {
     let now = MicroTime(Timestamp::now());
     let spec = json!({
         "holderIdentity": HOLDER,

@@ -72,8 +72,9 @@ pub async fn run(client: Client, settings: Settings, stopping: CancellationToken
 
 /// A Lease that was lost is not this replica's to release.
 async fn hand_over(leadership: Leadership, ended: &Result<(), String>) {
-    if ended.is_ok() {
-        leadership.release().await;
+    match ended {
+        Ok(()) => leadership.release().await,
+        Err(_) => leadership.leave().await,
     }
 }
 

@@ -1,12 +1,12 @@
 //! Plans: rows seeded from the configuration, versioned. The newest version of a name holds.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use entity::{Shared, plans, tenant_queues, tenants, tenants::Isolation};
 use rust_decimal::Decimal;
-use sea_orm::sea_query::{Expr, Query};
+use sea_orm::sea_query::{Expr, OnConflict, Query};
 use sea_orm::{ActiveModelTrait, ColumnTrait, ConnectionTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder};
 use uuid::Uuid;
 
@@ -36,20 +36,42 @@ impl Plans {
 
 /// Adds a version of each plan whose configuration has changed, and returns those that hold.
 pub async fn sync(db: &impl ConnectionTrait, config: &Config, now: DateTime<Utc>) -> Result<Plans, Error> {
-    let rows = plans::Entity::all().order_by_asc(plans::Column::Version).all(db).await?;
-    let stored: BTreeMap<String, plans::Model> = rows.into_iter().map(|row| (row.name.clone(), row)).collect();
     let mut by_name = HashMap::new();
     for name in NAMES {
-        let wanted = config.plans.get(name).cloned().unwrap_or_else(|| built_in(name));
-        let wanted = row(name, &wanted, stored.get(name).map_or(1, |newest| newest.version + 1), now)?;
-        let plan = match stored.get(name) {
-            Some(newest) if same(newest, &wanted) => newest.clone(),
-            _ => wanted.into_active_model().reset_all().insert(db).await?,
-        };
+        let plan = config.plans.get(name).cloned().unwrap_or_else(|| built_in(name));
+        let plan = newest(db, name, &plan, now).await?;
         cap_queues(db, &plan).await?;
         by_name.insert(name.to_owned(), Arc::new(plan));
     }
     Ok(Plans { by_name })
+}
+
+/// The newest version of a plan, which is as configured.
+async fn newest(
+    db: &impl ConnectionTrait,
+    name: &str,
+    plan: &PlanConfig,
+    now: DateTime<Utc>,
+) -> Result<plans::Model, Error> {
+    loop {
+        let stored = plans::Entity::all()
+            .filter(plans::Column::Name.eq(name))
+            .order_by_desc(plans::Column::Version)
+            .one(db)
+            .await?;
+        let wanted = row(name, plan, stored.as_ref().map_or(1, |newest| newest.version + 1), now)?;
+        if let Some(stored) = stored.filter(|stored| same(stored, &wanted)) {
+            return Ok(stored);
+        }
+        let inserted = plans::Entity::insert(wanted.clone().into_active_model().reset_all())
+            .on_conflict(OnConflict::columns([plans::Column::Name, plans::Column::Version]).do_nothing().to_owned())
+            .exec_without_returning(db)
+            .await?;
+        if inserted > 0 {
+            return Ok(wanted);
+        }
+        // A replica that starts at the same time was faster: its version may be the one that is wanted.
+    }
 }
 
 /// Tenants that are on the plan already have its cap from now on.

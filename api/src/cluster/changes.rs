@@ -108,11 +108,10 @@ impl Board {
         if !is_own && cursor.time < self.first {
             return None;
         }
-        let is_news = |entry: &&Entry| match is_own {
+        Some(self.changed(|entry| match is_own {
             true => entry.number > cursor.number,
             false => entry.found > cursor.time - MARGIN,
-        };
-        Some(self.changed(|entry| is_news(&entry)))
+        }))
     }
 
     fn changed(&self, is_news: impl Fn(&Entry) -> bool) -> Vec<Changed> {
@@ -128,7 +127,9 @@ pub async fn changes(app: &App, cluster: &str, after: Option<&str>) -> Result<Ch
     let boards = &app.cluster.boards;
     let board = boards.clusters.entry(cluster.to_owned()).or_default().clone();
     let cursor = after.and_then(Cursor::parse);
-    let deadline = Instant::now() + Duration::from_millis(MAX_WAIT_MS);
+    let is_strange = cursor.as_ref().is_some_and(|cursor| cursor.instance != boards.instance);
+    let begun = Instant::now();
+    let deadline = begun + Duration::from_millis(MAX_WAIT_MS);
     loop {
         let next = {
             let mut board = board.lock().await;
@@ -137,7 +138,10 @@ pub async fn changes(app: &App, cluster: &str, after: Option<&str>) -> Result<Ch
             }
             let news = board.since(&boards.instance, cursor.as_ref());
             let is_over = Instant::now() >= deadline || app.stopping.is_cancelled();
-            if is_over || news.as_ref().is_none_or(|news| !news.is_empty()) {
+            // Whoever comes from another replica may be told the same again, so at most once a look.
+            let is_early = is_strange && board.looked.is_none_or(|looked| looked < begun);
+            let has_news = news.as_ref().is_none_or(|news| !news.is_empty());
+            if is_over || (has_news && !is_early) {
                 let told = Cursor { instance: boards.instance.clone(), number: board.number, time: board.last };
                 let tenants = news.unwrap_or_else(|| board.changed(|_| true));
                 return Ok(Changes { cursor: told.to_string(), tenants });

@@ -8,7 +8,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use bytes::Bytes;
 use crds::protocol::{self, Changes, Departure, RefusalCode, Token, VERSION, VERSION_HEADER};
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -16,11 +16,14 @@ use super::places::Place;
 use super::refused::Refused;
 use super::{changes, credential, farewell, report, tokens};
 use crate::app::App;
+use crate::door::Protocol;
 use crate::metrics;
 use crate::viewer::bearer;
 
 /// Bytes of a request's body: an inventory of 50,000 objects.
 const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
+
+const PROTOCOL: Protocol = Protocol { name: "operator", peer: "operator", header: VERSION_HEADER, version: VERSION };
 
 /// The routes, to be nested under `/operator/v1`.
 pub fn routes(app: &App) -> Router<App> {
@@ -36,9 +39,9 @@ pub fn routes(app: &App) -> Router<App> {
 /// Lets an operator in that speaks our version and has a credential, and notes what it is refused.
 async fn admit(State(app): State<App>, request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
-    let admitted = match check_version(request.headers()) {
+    let admitted = match PROTOCOL.check(request.headers()) {
         Ok(()) => credential::verify(&app, bearer(request.headers())).await,
-        Err(refused) => Err(refused),
+        Err(message) => Err(Refused::new(RefusalCode::ProtocolVersion, message)),
     };
     let is_in = admitted.is_ok();
     let mut response = match admitted {
@@ -55,21 +58,6 @@ async fn admit(State(app): State<App>, request: Request, next: Next) -> Response
     }
     response.headers_mut().insert(VERSION_HEADER, HeaderValue::from_static(VERSION));
     response
-}
-
-fn check_version(headers: &HeaderMap) -> Result<(), Refused> {
-    let spoken = headers.get(VERSION_HEADER).map(|value| value.to_str().unwrap_or("?"));
-    let message = match spoken {
-        Some(VERSION) => return Ok(()),
-        Some(other) => format!(
-            "This api speaks version {VERSION} of the operator protocol, the operator version {other}. \
-             Run an operator of the api's release."
-        ),
-        None => {
-            format!("Send `{VERSION_HEADER}: {VERSION}`: this api speaks version {VERSION} of the operator protocol.")
-        }
-    };
-    Err(Refused::new(RefusalCode::ProtocolVersion, message))
 }
 
 type Body = Result<Bytes, BytesRejection>;

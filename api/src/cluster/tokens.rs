@@ -18,8 +18,8 @@ use crate::ids;
 use crate::keys::authority;
 use crate::runtime::tokens;
 
-/// Makes the token of a rotation. Those that it takes the place of work until it is seen in use
-/// ([`tokens::verify`]), and for the overlap at most.
+/// Makes the token of a rotation. Those that it takes the place of end soon after it is seen in use
+/// ([`tokens::verify`]), and with the overlap at the latest.
 pub async fn mint(app: &App, place: &Place, request: TokenRequest) -> Result<Token, Refused> {
     let missing = || Refused::new(RefusalCode::NotFound, "There is no tenant of this object. Report it first.");
     if request.rotation < 0 {

@@ -17,15 +17,18 @@ use cloister_runtime::protocol::{
 };
 use cloister_runtime::spec::Lease;
 use futures_util::{Stream, StreamExt};
-use http::{HeaderMap, HeaderValue};
+use http::HeaderValue;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
 use super::refused::Refused;
 use super::tokens::{self, Caller};
 use crate::app::App;
+use crate::door::Protocol;
 use crate::metrics;
 use crate::viewer::bearer;
+
+const PROTOCOL: Protocol = Protocol { name: "runtime", peer: "worker", header: VERSION_HEADER, version: VERSION };
 
 /// The routes, to be nested under `/runtime/v1`.
 pub fn routes(app: &App) -> Router<App> {
@@ -43,9 +46,9 @@ pub fn routes(app: &App) -> Router<App> {
 /// Lets a worker in that speaks our version and has a token, and notes what it is refused.
 async fn admit(State(app): State<App>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
-    let admitted = match check_version(request.headers()) {
+    let admitted = match PROTOCOL.check(request.headers()) {
         Ok(()) => tokens::verify(&app, bearer(request.headers())).await.map_err(Refused::from),
-        Err(refused) => Err(refused),
+        Err(message) => Err(Refused::new(RefusalCode::ProtocolVersion, message)),
     };
     let (mut response, caller) = match admitted {
         Ok(caller) => {
@@ -59,21 +62,6 @@ async fn admit(State(app): State<App>, mut request: Request, next: Next) -> Resp
     }
     response.headers_mut().insert(VERSION_HEADER, HeaderValue::from_static(VERSION));
     response
-}
-
-fn check_version(headers: &HeaderMap) -> Result<(), Refused> {
-    let spoken = headers.get(VERSION_HEADER).map(|value| value.to_str().unwrap_or("?"));
-    let message = match spoken {
-        Some(VERSION) => return Ok(()),
-        Some(other) => format!(
-            "This api speaks version {VERSION} of the runtime protocol, the worker version {other}. \
-             Run a worker of the api's release."
-        ),
-        None => {
-            format!("Send `{VERSION_HEADER}: {VERSION}`: this api speaks version {VERSION} of the runtime protocol.")
-        }
-    };
-    Err(Refused::new(RefusalCode::ProtocolVersion, message))
 }
 
 /// Counts a refusal, and logs the one of a worker that was let in. Who was not could fill the log.

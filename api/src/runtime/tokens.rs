@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use crds::protocol::TOKEN_SEEN_SECONDS;
 use entity::{TenantOwned, runtime_tokens, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{
@@ -63,15 +64,16 @@ pub async fn verify(app: &App, token: Option<&str>) -> Result<Caller, Error> {
             Some(rotation) => {
                 let tx = authority::begin(app, token.tenant_id).await?;
                 row.update(&tx).await?;
-                revoke_replaced(app, tx, &token, rotation).await?;
+                end_replaced(app, tx, &token, rotation).await?;
             }
         }
     }
     Ok(caller)
 }
 
-/// A rotation's token has arrived where it is used: those whose place it takes are revoked. Commits.
-async fn revoke_replaced(
+/// A rotation's token has arrived where it is used: those whose place it takes end soon, once all of the tenant's workers
+/// must have it. Commits.
+async fn end_replaced(
     app: &App,
     tx: DatabaseTransaction,
     token: &runtime_tokens::Model,
@@ -82,14 +84,15 @@ async fn revoke_replaced(
             .add(runtime_tokens::Column::Rotation.eq(rotation))
             .add(runtime_tokens::Column::Id.lt(token.id)),
     );
-    let revoked = runtime_tokens::Entity::update_many()
-        .set(runtime_tokens::ActiveModel { revoked_at: Set(Some(app.clock.now())), ..Default::default() })
+    let until = app.clock.now() + TimeDelta::seconds(TOKEN_SEEN_SECONDS);
+    let ended = runtime_tokens::Entity::update_many()
+        .set(runtime_tokens::ActiveModel { expires_at: Set(Some(until)), ..Default::default() })
         .filter(runtime_tokens::Column::TenantId.eq(token.tenant_id))
-        .filter(runtime_tokens::Column::RevokedAt.is_null())
+        .filter(runtime_tokens::Column::ExpiresAt.gt(until))
         .filter(before)
         .exec(&tx)
         .await?;
-    match revoked.rows_affected {
+    match ended.rows_affected {
         0 => Ok(tx.commit().await?),
         _ => authority::commit(app, tx, token.tenant_id).await,
     }

@@ -62,12 +62,17 @@ pub async fn settle(operator: &Operator, wanted: &Wanted) -> Result<Rotation, Er
             return Ok(Rotation { trouble: Some(error), is_there, due_in: None });
         }
     };
-    write::secret(operator, &build_secret(wanted, &token, rotation)).await?;
+    write::secret(operator, build_secret(wanted, &token, rotation)).await?;
     // The next one is another one, even if this Secret is lost at once.
     operator.memory.with(&wanted.tenant, |entry| entry.rotation = rotation + 1);
     tracing::info!(tenant = %wanted.tenant, token = %token.id, rotation, "workers have a new token");
-    let due_in = (token.expires_at - TimeDelta::seconds(TOKEN_SECONDS) + LIFE - now).to_std();
-    Ok(Rotation { trouble: None, is_there: true, due_in: due_in.ok() })
+    Ok(Rotation { trouble: None, is_there: true, due_in: due_in(token.expires_at, now) })
+}
+
+/// When a token is to be replaced; none: now.
+fn due_in(expires_at: DateTime<Utc>, now: DateTime<Utc>) -> Option<std::time::Duration> {
+    let due_at = expires_at - TimeDelta::seconds(TOKEN_SECONDS) + LIFE;
+    (due_at - now).to_std().ok().filter(|due_in| !due_in.is_zero())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -85,9 +90,7 @@ fn current(live: &PartialObjectMeta<Secret>, wanted: &Wanted, now: DateTime<Utc>
         && meta.labels.as_ref() == Some(&build_labels(&wanted.tenant))
         && meta.owner_references.as_ref().is_none_or(Vec::is_empty)
         && meta.finalizers.as_ref().is_none_or(Vec::is_empty);
-    let due_at = expires_at - TimeDelta::seconds(TOKEN_SECONDS) + LIFE;
-    let due_in = (due_at - now).to_std().ok().filter(|due_in| is_ours && !due_in.is_zero());
-    Some(Current { rotation, due_in })
+    Some(Current { rotation, due_in: due_in(expires_at, now).filter(|_| is_ours) })
 }
 
 #[cfg(test)]

@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crds::Tenant;
 use crds::status::TenantStatus;
 use crds::tenant::FINALIZER;
-use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{LimitRange, Namespace, ResourceQuota, Secret, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
+use k8s_openapi::{NamespaceResourceScope, Resource as HasKind};
+use kube::api::{DeleteParams, ObjectMeta, PartialObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Api, Resource, ResourceExt};
 use metrics::counter;
 use serde::Serialize;
@@ -28,20 +29,13 @@ use crate::operator::Operator;
 /// How long the Kubernetes API has for a write.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// A kind of object in a tenant's namespace.
-pub trait Child:
-    Resource<DynamicType = (), Scope = NamespaceResourceScope>
-    + Clone
-    + Debug
-    + Serialize
-    + DeserializeOwned
-    + Send
-    + Sync
-    + 'static
-{
-    /// The kind's name.
-    const KIND: &'static str;
+/// What is written whole.
+pub trait Written: Resource<DynamicType = ()> + HasKind + Clone + Debug + Serialize + DeserializeOwned {}
 
+impl<K: Resource<DynamicType = ()> + HasKind + Clone + Debug + Serialize + DeserializeOwned> Written for K {}
+
+/// A kind of object in a tenant's namespace.
+pub trait Child: Resource<Scope = NamespaceResourceScope> + Written + Send + Sync + 'static {
     /// Whether, metadata and status aside, this is as `wanted`: no field less and none more.
     fn is_as(&self, wanted: &Self) -> bool;
 }
@@ -49,8 +43,6 @@ pub trait Child:
 macro_rules! child {
     ($($kind:ident: $($field:ident)+;)+) => {$(
         impl Child for $kind {
-            const KIND: &'static str = stringify!($kind);
-
             fn is_as(&self, wanted: &Self) -> bool {
                 $(self.$field == wanted.$field)&&+
             }
@@ -126,7 +118,7 @@ pub fn is_foreign(meta: &ObjectMeta) -> bool {
     managers.into_iter().any(|entry| !matches!(entry.subresource.as_deref(), Some("status" | "scale")))
 }
 
-async fn apply<K: Child>(api: &Api<K>, wanted: &K) -> Result<K, Error> {
+async fn apply<K: Written>(api: &Api<K>, wanted: &K) -> Result<K, Error> {
     let name = wanted.name_any();
     let parameters = PatchParams::apply(FIELD_MANAGER).force();
     let patch = Patch::Apply(wanted);
@@ -142,40 +134,35 @@ async fn replace<K: Child>(api: &Api<K>, live: &K, wanted: &K) -> Result<K, Erro
     for (key, value) in controllers {
         wanted.annotations_mut().insert(key.clone(), value.clone());
     }
-    let name = wanted.name_any();
-    let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-    let write = api.replace(&name, &parameters, &wanted);
-    written("replace", K::KIND, wanted.meta(), write).await
+    put(api, &wanted).await
+}
+
+/// Replaces an object whole; with a resource version, only the one that was seen.
+async fn put<K: Written>(api: &Api<K>, wanted: &K) -> Result<K, Error> {
+    written("replace", K::KIND, wanted.meta(), api.replace(&wanted.name_any(), &ours(), wanted)).await
+}
+
+fn ours() -> PostParams {
+    PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() }
 }
 
 /// Writes the workers' token. It is compared by metadata only, as nobody reads what secrets hold.
 ///
 /// # Errors
 /// It can't be written.
-pub async fn secret(operator: &Operator, wanted: &Secret) -> Result<(), Error> {
+pub async fn secret(operator: &Operator, mut wanted: Secret) -> Result<(), Error> {
     let namespace = wanted.namespace().unwrap_or_default();
     let api: Api<Secret> = Api::namespaced(operator.client.clone(), &namespace);
-    let name = wanted.name_any();
-    let live = operator.cluster.secrets.get(Some(&namespace), &name);
-    let object = match live.filter(|live| is_shared(&live.metadata)) {
+    let live = operator.cluster.secrets.get(Some(&namespace), &wanted.name_any());
+    let Secret { metadata, .. } = match live.filter(|live| is_shared(&live.metadata)) {
         Some(live) => {
-            let mut wanted = wanted.clone();
             wanted.metadata.resource_version = live.metadata.resource_version.clone();
-            let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-            written("replace", "Secret", &wanted.metadata, api.replace(&name, &parameters, &wanted)).await?
+            put(&api, &wanted).await?
         }
-        None => {
-            let parameters = PatchParams::apply(FIELD_MANAGER).force();
-            let patch = Patch::Apply(wanted);
-            let write = api.patch(&name, &parameters, &patch);
-            written("apply", "Secret", &wanted.metadata, write).await?
-        }
+        None => apply(&api, &wanted).await?,
     };
-    operator.cluster.secrets.wrote(kube::api::PartialObjectMeta {
-        types: None,
-        metadata: object.metadata,
-        _phantom: std::marker::PhantomData,
-    });
+    let _phantom = PhantomData;
+    operator.cluster.secrets.wrote(PartialObjectMeta { types: None, metadata, _phantom });
     Ok(())
 }
 
@@ -185,8 +172,7 @@ pub async fn secret(operator: &Operator, wanted: &Secret) -> Result<(), Error> {
 /// It can't be made.
 pub async fn create_namespace(operator: &Operator, wanted: &Namespace) -> Result<Namespace, Error> {
     let api: Api<Namespace> = Api::all(operator.client.clone());
-    let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-    let made = written("create", "Namespace", &wanted.metadata, api.create(&parameters, wanted)).await?;
+    let made = written("create", Namespace::KIND, &wanted.metadata, api.create(&ours(), wanted)).await?;
     operator.cluster.namespaces.wrote(made.clone());
     Ok(made)
 }
@@ -196,10 +182,7 @@ pub async fn create_namespace(operator: &Operator, wanted: &Namespace) -> Result
 /// # Errors
 /// It can't be replaced.
 pub async fn replace_namespace(operator: &Operator, wanted: &Namespace) -> Result<Namespace, Error> {
-    let api: Api<Namespace> = Api::all(operator.client.clone());
-    let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-    let name = wanted.name_any();
-    let made = written("replace", "Namespace", &wanted.metadata, api.replace(&name, &parameters, wanted)).await?;
+    let made = put(&Api::all(operator.client.clone()), wanted).await?;
     operator.cluster.namespaces.wrote(made.clone());
     Ok(made)
 }
@@ -215,7 +198,7 @@ pub async fn delete_namespace(operator: &Operator, name: &str, uid: &str) -> Res
         ..DeleteParams::background()
     };
     let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
-    match written("delete", "Namespace", &metadata, api.delete(name, &parameters)).await {
+    match written("delete", Namespace::KIND, &metadata, api.delete(name, &parameters)).await {
         Err(error) if error.is_not_found() => Ok(()),
         result => result.map(drop),
     }

@@ -4,10 +4,12 @@ use chrono::{DateTime, TimeDelta, Utc};
 use cloister_tests::TestApp;
 use cloister_tests::app::TestAppBuilder;
 use cloister_tests::client::http;
-use crds::protocol::{Farewell, TOKEN_OVERLAP_SECONDS, TOKEN_SECONDS};
+use crds::protocol::{Farewell, TOKEN_OVERLAP_SECONDS, TOKEN_SECONDS, TOKEN_SEEN_SECONDS};
 use entity::{TenantOwned, runtime_tokens};
-use sea_orm::QueryOrder;
+use sea_orm::ActiveValue::Set;
+use sea_orm::{ActiveModelTrait, QueryOrder};
 use serde_json::json;
+use uuid::Uuid;
 
 use super::{Operator, bye, report, with_operator};
 use crate::both::on_both;
@@ -31,6 +33,13 @@ async fn stored(app: &TestApp) -> Vec<runtime_tokens::Model> {
     rows.all(&app.database().await).await.unwrap()
 }
 
+/// Has a token's time end.
+async fn expire(app: &TestApp, id: Uuid) {
+    let past = from_now(-1_000).parse().unwrap();
+    let row = runtime_tokens::ActiveModel { id: Set(id), expires_at: Set(Some(past)), ..Default::default() };
+    row.update(&app.database().await).await.unwrap();
+}
+
 /// Whether a moment lies this many seconds from now, give or take a minute.
 fn is_in(at: Option<DateTime<Utc>>, seconds: i64) -> bool {
     let expected: DateTime<Utc> = from_now(seconds * 1_000).parse().unwrap();
@@ -52,7 +61,9 @@ async fn rotations_overlap_until_the_new_token_is_seen(builder: TestAppBuilder) 
     assert_eq!(claim(&app, &first.token).await, 200);
     assert!(is_in(stored(&app).await[0].expires_at, TOKEN_OVERLAP_SECONDS));
     assert_eq!(claim(&app, &second.token).await, 200);
-    assert_eq!(claim(&app, &first.token).await, 401, "the new one has been seen in use");
+    // The new one has been seen in use: the old one has a little time left, until the last worker has the new one.
+    assert!(is_in(stored(&app).await[0].expires_at, TOKEN_SEEN_SECONDS));
+    assert_eq!(claim(&app, &first.token).await, 200);
     assert_eq!(claim(&app, &second.token).await, 200);
 
     // Backwards it does not go, and the last one is named.
@@ -69,7 +80,12 @@ async fn rotations_overlap_until_the_new_token_is_seen(builder: TestAppBuilder) 
     .await;
     let third = operator.token("acme", 10).await.unwrap();
     assert_eq!(claim(&app, &third.token).await, 200);
-    assert_eq!(claim(&app, &second.token).await, 401);
+    for rotated in [0, 1] {
+        assert!(is_in(stored(&app).await[rotated].expires_at, TOKEN_SEEN_SECONDS));
+    }
+    // Its time over, it is refused, and what it is used for meanwhile ends.
+    expire(&app, stored(&app).await[0].id).await;
+    assert_eq!(claim(&app, &first.token).await, 401);
     assert_eq!(claim(&app, admins["secret"].as_str().unwrap()).await, 200);
 }
 
@@ -89,9 +105,13 @@ async fn the_same_rotation_again_makes_another_token(builder: TestAppBuilder) {
     assert_eq!(claim(&app, &old.token).await, 200);
     let last = made.pop().unwrap();
     assert_eq!(claim(&app, &last.token).await, 200);
-    for token in made.iter().chain([&old]) {
+    // Those that were lost for good are revoked, and the two others have a little time left.
+    for token in &made[..3] {
         assert_eq!(claim(&app, &token.token).await, 401);
     }
+    let ends = |token: &runtime_tokens::Model| is_in(token.expires_at, TOKEN_SEEN_SECONDS);
+    let working: Vec<_> = stored(&app).await.into_iter().filter(|token| token.revoked_at.is_none()).collect();
+    assert_eq!(working.iter().filter(|token| ends(token)).count(), 2);
     assert_eq!(claim(&app, &last.token).await, 200);
 }
 
