@@ -8,6 +8,7 @@
 pub mod app;
 pub mod client;
 pub mod cluster;
+pub mod gate;
 pub mod key;
 pub mod model_server;
 pub mod node;
@@ -28,6 +29,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub use app::{Tenant, TestApp};
 pub use client::{Client, GraphqlResponse};
 pub use cluster::Cluster;
+pub use gate::{Fault, Gate, Watched};
 pub use model_server::{ModelServer, Reply};
 pub use operator::{Operator, OperatorBuilder};
 pub use process::Process;

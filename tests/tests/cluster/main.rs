@@ -4,4 +4,6 @@
 
 mod charts;
 mod doors;
+mod operator;
 mod smoke;
+mod support;
