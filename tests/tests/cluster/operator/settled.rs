@@ -55,6 +55,6 @@ async fn settled_tenants_cause_no_write_and_one_change_causes_one() {
     until("it is put right", async || platform.state(&names[3]).await, |state| *state == before).await;
     sleep(Duration::from_secs(1)).await;
     let writes: Vec<_> = watched.iter().flat_map(|watched| watched.seen()).collect();
-    assert_eq!(writes, [format!("PUT {path}")]);
+    assert_eq!(writes, [format!("PATCH {path}")]);
     join_all(names.iter().map(|name| platform.end(name))).await;
 }
