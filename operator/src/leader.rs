@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
+use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::watch_object;
 use kube::{Api, Client};
 use kube_lease_manager::{LeaseManager, LeaseManagerBuilder, LeaseParams};
@@ -34,24 +35,47 @@ pub struct Leadership {
 /// Waits until this replica leads.
 pub async fn lead(client: &Client, settings: &Settings) -> Leadership {
     let identity = settings.identity.clone().unwrap_or_else(host);
-    let manager = loop {
+    let leases: Api<Lease> = Api::namespaced(client.clone(), &settings.namespace);
+    loop {
         let built = LeaseManagerBuilder::new(client.clone(), LEASE)
             .with_namespace(&settings.namespace)
             .with_parameters(LeaseParams::new(&identity, DURATION, RENEW_BEFORE))
             .build();
-        match built.await {
-            Ok(manager) => break manager,
+        let manager = match built.await {
+            Ok(manager) => manager,
             Err(error) => {
                 tracing::warn!(%error, "the Lease can't be had yet");
                 tokio::time::sleep(AGAIN).await;
+                continue;
             }
+        };
+        let (mut holds, task) = manager.watch().await;
+        let is_leading = tokio::select! {
+            // The other end only goes with the process.
+            _ = holds.wait_for(|holds| *holds) => true,
+            () = handed_over(&leases) => false,
+        };
+        if is_leading {
+            tracing::info!(%identity, "this replica leads");
+            return Leadership { leases, identity, holds, task };
         }
-    };
-    let (mut holds, task) = manager.watch().await;
-    // The other end only goes with the process.
-    let _ = holds.wait_for(|holds| *holds).await;
-    tracing::info!(%identity, "this replica leads");
-    Leadership { leases: Api::namespaced(client.clone(), &settings.namespace), identity, holds, task }
+        // It sleeps until the Lease of before would have run out.
+        task.abort();
+    }
+}
+
+/// Waits until a Lease that somebody holds is nobody's.
+async fn handed_over(leases: &Api<Lease>) {
+    let mut lease = pin!(watch_object(leases.clone(), LEASE).default_backoff());
+    let mut was_held = false;
+    while let Some(seen) = lease.next().await {
+        let Ok(Some(lease)) = seen else { continue };
+        let is_held = lease.spec.and_then(|spec| spec.holder_identity).is_some_and(|holder| !holder.is_empty());
+        if was_held && !is_held {
+            return;
+        }
+        was_held = is_held;
+    }
 }
 
 impl Leadership {

@@ -62,6 +62,11 @@ impl Process {
         scraped.text().await.expect("a text")
     }
 
+    /// Whether it was not ended here.
+    pub fn is_running(&self) -> bool {
+        self.child.is_some()
+    }
+
     /// Its id.
     ///
     /// # Panics

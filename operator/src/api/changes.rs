@@ -14,7 +14,7 @@ use crate::operator::Operator;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How often the api is told of every object.
-const INVENTORY: Duration = Duration::from_secs(3_600);
+const INVENTORY: Duration = Duration::from_secs(300);
 const INVENTORY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Follows the api's changes until told to stop. `told` is cancelled once it has told of every tenant, or proved away.
@@ -55,7 +55,7 @@ pub async fn follow(operator: Arc<Operator>, told: CancellationToken, stopping: 
     }
 }
 
-/// Tells the api of every object, at once and each hour: it lets tenants go whose object is gone without a farewell.
+/// Tells the api of every object, at once and every few minutes: it lets tenants go whose object is gone without a farewell.
 pub async fn take_inventory(operator: Arc<Operator>, stopping: CancellationToken) {
     loop {
         let list = || {

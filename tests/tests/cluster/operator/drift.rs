@@ -117,7 +117,7 @@ async fn every_change_to_a_child_is_put_right() {
 #[tokio::test(flavor = "multi_thread")]
 async fn with_the_api_away_too() {
     let platform = platform().await;
-    let _alone = platform.operator.write().await;
+    let _alone = platform.alone().await;
     let name = name("away");
     platform.ready(&name, json!({})).await;
     platform.way.refuse();

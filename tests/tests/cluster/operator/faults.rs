@@ -139,7 +139,7 @@ async fn each_write_fails(part: Part) {
 /// The operator dies at a write, before or after it takes effect, and another one takes its place.
 async fn the_operator_dies_at_each_write(part: Part) {
     let platform = platform().await;
-    let mut operator = platform.operator.write().await;
+    let mut operator = platform.alone().await;
     let (writes, expected) = undisturbed(platform, part).await;
     for at in 0..writes.len() {
         for fault in [Fault::Held, Fault::AnswerHeld] {

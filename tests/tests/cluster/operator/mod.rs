@@ -19,7 +19,7 @@ use cloister_tests::{Client, Cluster, Gate, ModelServer, Operator, Proxy, Tenant
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 use tokio::runtime::Runtime;
-use tokio::sync::{OnceCell, RwLock};
+use tokio::sync::{OnceCell, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tokio::time::Instant;
 
 use crate::charts::{objects, render_set};
@@ -217,8 +217,26 @@ impl Platform {
     }
 
     /// The operator, which no other test disturbs for so long.
-    async fn undisturbed(&self) -> tokio::sync::RwLockReadGuard<'_, Operator> {
-        self.operator.read().await
+    async fn undisturbed(&self) -> RwLockReadGuard<'_, Operator> {
+        loop {
+            let operator = self.operator.read().await;
+            if operator.is_running() {
+                return operator;
+            }
+            drop(operator);
+            drop(self.alone().await);
+        }
+    }
+
+    /// The operator, for a test that disturbs the others. However the one before it ended, all is in its place.
+    async fn alone(&self) -> RwLockWriteGuard<'_, Operator> {
+        let mut operator = self.operator.write().await;
+        self.way.restore();
+        if !operator.is_running() {
+            operator.restart().await;
+            self.leads(&operator).await;
+        }
+        operator
     }
 }
 

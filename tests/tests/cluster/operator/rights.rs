@@ -71,7 +71,7 @@ fn used(audit: &str) -> BTreeSet<Right> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_granted_is_used() {
     let platform = platform().await;
-    let mut operator = platform.operator.write().await;
+    let mut operator = platform.alone().await;
     // From a start to a hand-over, with one tenant whose every object is made, changed, and replaced.
     operator.restart().await;
     let name = name("rights");

@@ -12,7 +12,7 @@ use crate::support::name;
 #[tokio::test(flavor = "multi_thread")]
 async fn settled_tenants_cause_no_write_and_one_change_causes_one() {
     let platform = platform().await;
-    let mut operator = platform.operator.write().await;
+    let mut operator = platform.alone().await;
     let specs = [
         json!({"plan": "free"}),
         json!({"plan": "pro", "monthlyTokenLimit": 1_000_000}),
