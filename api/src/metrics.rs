@@ -51,10 +51,19 @@ pub fn install() -> PrometheusHandle {
         describe_counter!("cloister_runtime_refusals_total", "Requests of workers apart that were refused, by code.");
         describe_counter!("cloister_operator_refusals_total", "Requests of operators that were refused, by code.");
         describe_gauge!("cloister_runs_active", "Runs that this process executes.");
+        describe_gauge!(
+            "cloister_object_writes_owed",
+            "Tenants whose object the cluster has not taken a write for yet."
+        );
         describe_gauge!("cloister_redis_up", "1 while Redis is connected, 0 while it is away; absent without one.");
         handle
     });
     handle.clone()
+}
+
+/// Tells how many tenants' objects are still to be written.
+pub fn object_writes_owed(count: u64) {
+    gauge!("cloister_object_writes_owed").set(count as f64);
 }
 
 /// Counts a model call, and what it was charged if it was.

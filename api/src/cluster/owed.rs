@@ -11,8 +11,8 @@ use entity::object_writes::{self, Wish};
 use entity::{TenantOwned, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter,
-    QueryOrder, QuerySelect,
+    ActiveModelTrait, ColumnTrait, Condition, DatabaseTransaction, EntityTrait, IntoActiveModel, PaginatorTrait,
+    QueryFilter, QueryOrder, QuerySelect,
 };
 use uuid::Uuid;
 
@@ -23,6 +23,7 @@ use super::wording;
 use crate::app::App;
 use crate::error::{Error, UserError, UserErrorCode};
 use crate::ids;
+use crate::metrics;
 
 /// How long a write may take until another may try: longer than it can.
 const CLAIM: TimeDelta = TimeDelta::seconds(300);
@@ -140,6 +141,8 @@ async fn write_due(app: &App) -> Result<(), Error> {
             break;
         }
     }
+    let owed = object_writes::Entity::across_tenants().count(app.db.read()).await?;
+    metrics::object_writes_owed(owed);
     Ok(())
 }
 

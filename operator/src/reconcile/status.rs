@@ -339,9 +339,11 @@ fn version(image: &str) -> &str {
 }
 
 /// Usage as the status is to show it: the api's figures when they are news and the last were written long enough ago.
+/// Another limit is somebody's doing, who looks for it now.
 fn usage(look: &Look<'_>, before: Option<UsageStatus>) -> Option<UsageStatus> {
     let Standing::Held(state) = &look.facts.standing else { return before };
-    let may_write = look.usage_age.is_none_or(|age| age >= USAGE_EVERY);
+    let is_old = look.usage_age.is_none_or(|age| age >= USAGE_EVERY);
+    let may_write = is_old || before.as_ref().is_some_and(|before| before.limit != state.usage.limit);
     match before {
         Some(before) if !may_write || !is_news(&before, &state.usage) => Some(before),
         _ => Some(UsageStatus {

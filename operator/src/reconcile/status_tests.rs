@@ -176,12 +176,12 @@ fn usage_is_written_when_it_is_news() {
     assert!(is_news(&shown, &Usage { limit: 20_000, ..usage(1_000) }));
     let mut tenant = tenant(json!({"plan": "pro"}));
     tenant.status = Some(TenantStatus { usage: Some(shown), ..TenantStatus::default() });
-    let held = facts(Standing::Held(state("pro", 9_000)));
+    let mut held = facts(Standing::Held(state("pro", 9_000)));
     let (wanted, applied) = (wanted(json!({})), Applied::default());
-    let tokens = |usage_age| {
+    let tokens = |held: &Facts, usage_age| {
         let look = Look {
             tenant: &tenant,
-            facts: &held,
+            facts: held,
             course: Course::Shared,
             wanted: &wanted,
             applied: &applied,
@@ -190,8 +190,12 @@ fn usage_is_written_when_it_is_news() {
         };
         build_status(&look).usage.unwrap().tokens
     };
-    assert_eq!(tokens(Some(Duration::from_secs(29))), 1_000);
-    assert_eq!((tokens(Some(Duration::from_secs(30))), tokens(None)), (9_000, 9_000));
+    assert_eq!(tokens(&held, Some(Duration::from_secs(29))), 1_000);
+    assert_eq!((tokens(&held, Some(Duration::from_secs(30))), tokens(&held, None)), (9_000, 9_000));
+    if let Standing::Held(state) = &mut held.standing {
+        state.usage.limit = 20_000;
+    }
+    assert_eq!(tokens(&held, Some(Duration::from_secs(1))), 9_000, "the limit is another one");
 }
 
 #[test]
