@@ -4,4 +4,5 @@
 
 mod charts;
 mod doors;
+mod installed;
 mod smoke;
