@@ -29,6 +29,8 @@ pub const OUTSIDE: &str = "outside";
 /// The pod in it, which serves HTTP on port 8080.
 pub const OUTSIDER: &str = "outsider";
 
+/// The volume that SQLite's claim finds.
+const DISK: &str = "disk";
 const NODE_PORT: u16 = 30_080;
 /// How long pods may take to start, on a machine that does other things too.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -118,9 +120,12 @@ impl Platform {
                 "spec": confined_pod("10m")}),
             secret("cloister-keys", [("key", key), ("admin-key", self.admin_key.clone())].into()),
         ];
-        if let Some(Services { postgres, redis }) = &self.services {
-            objects.push(secret("cloister-postgres", [("url", postgres.url().to_string())].into()));
-            objects.push(secret("cloister-redis", [("url", redis.url())].into()));
+        match &self.services {
+            Some(Services { postgres, redis }) => {
+                objects.push(secret("cloister-postgres", [("url", postgres.url().to_string())].into()));
+                objects.push(secret("cloister-redis", [("url", redis.url())].into()));
+            }
+            None => objects.push(disk()),
         }
         json!({"apiVersion": "v1", "kind": "List", "items": objects}).to_string()
     }
@@ -150,7 +155,7 @@ impl Platform {
                 "database": {"type": "postgres", "postgres": {"existingSecret": "cloister-postgres"}},
                 "redis": {"existingSecret": "cloister-redis"},
             }),
-            None => json!({"database": {"sqlite": {"persistence": {"enabled": false}}}}),
+            None => json!({"database": {"sqlite": {"persistence": {"storageClassName": DISK, "size": "1Gi"}}}}),
         };
         merge(&mut values, more);
         values
@@ -297,6 +302,16 @@ pub fn confined_pod(cpu: &str) -> Value {
             "resources": {"requests": {"cpu": cpu, "memory": "8Mi"}, "limits": {"cpu": cpu, "memory": "64Mi"}},
         }],
     })
+}
+
+/// A folder of the node as a volume: the cluster has nothing that makes volumes.
+fn disk() -> Value {
+    let node = json!([{"key": "kubernetes.io/os", "operator": "In", "values": ["linux"]}]);
+    json!({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": DISK}, "spec": {
+        "capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": DISK,
+        "persistentVolumeReclaimPolicy": "Retain", "local": {"path": "/var/tmp"},
+        "nodeAffinity": {"required": {"nodeSelectorTerms": [{"matchExpressions": node}]}},
+    }})
 }
 
 /// Waits until `condition` holds.

@@ -1,4 +1,4 @@
-//! What `helm uninstall` leaves can be deleted without an operator, and is taken up again by the next one.
+//! What `helm uninstall` leaves can be deleted without an operator, and goes on with the next release.
 
 use serde_json::json;
 
@@ -7,41 +7,47 @@ use super::platform::{NAME, Platform};
 
 const KEPT: &str = "kept";
 
-/// Each is a release's end.
+/// What becomes of what a release left.
 #[derive(Clone, Copy)]
 enum End {
-    /// Its tenant's object goes, then the namespace.
+    /// A tenant's object goes, then its namespace.
     TenantThenNamespace,
-    /// The namespace goes, then its tenant's object.
+    /// A tenant's namespace goes, then its object.
     NamespaceThenTenant,
-    /// The definition goes with every object, then the namespaces.
-    Definition,
+    /// The definition goes and with it every object, then the namespaces.
+    Everything,
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_uninstall_leaves_can_be_deleted() {
+async fn what_an_uninstall_leaves_goes_on_or_can_be_deleted() {
     // A cluster of its own, with the small default: SQLite, one replica, and two operators of which one leads.
     let platform = Platform::prepare(false).await;
     let cluster = &platform.cluster;
-    for (round, end) in [End::TenantThenNamespace, End::NamespaceThenTenant, End::Definition].into_iter().enumerate() {
+    platform.upgrade(&json!({})).await;
+    let kept = platform.tenant(KEPT, json!({})).await;
+    let others = agent(&kept.client).await;
+    let worker = platform.worker(KEPT).await;
+    for (round, end) in [End::TenantThenNamespace, End::NamespaceThenTenant, End::Everything].into_iter().enumerate() {
         let name = format!("gone-{round}");
         let namespace = format!("tenant-{name}");
-        platform.upgrade(&json!({})).await;
-        let (tenant, _) = tokio::join!(platform.tenant(&name, json!({})), platform.tenant(KEPT, json!({})));
+        let tenant = platform.tenant(&name, json!({})).await;
         let run = succeed(&tenant.client, &agent(&tenant.client).await, "Who serves it?").await;
         assert_eq!(run["worker"], json!(platform.worker(&name).await.pod));
 
         platform.helm(&["uninstall", "cloister", "--wait", "--timeout", "3m"]).await.expect("the release goes");
         for tenant in [name.as_str(), KEPT] {
-            assert_eq!(platform.field(&["tenant", tenant], "{.metadata.finalizers}").await, "");
+            assert_eq!(platform.field(&["tenant", tenant], "{.metadata.finalizers}").await, "", "{round}: {tenant}");
             assert_eq!(platform.field(&["namespace", &format!("tenant-{tenant}")], "{.status.phase}").await, "Active");
-            let replicas = ["deployment", NAME, "--namespace", &format!("tenant-{tenant}")];
-            assert_eq!(platform.field(&replicas, "{.spec.replicas}").await, "1");
+            let workers = ["deployment", NAME, "--namespace", &format!("tenant-{tenant}")];
+            assert_eq!(platform.field(&workers, "{.spec.replicas}").await, "1");
         }
         let delete = async |object: &[&str]| {
             cluster.kubectl(&[&["delete"], object, &["--wait", "--timeout=60s"]].concat()).await;
         };
-        let namespaces = ["get", "namespaces", "--selector=cloister.dev/tenant", "--output=name"];
+        let left = async || {
+            let list = ["get", "namespaces", "--selector=cloister.dev/tenant", "--output=name"];
+            cluster.kubectl(&list).await.trim().to_owned()
+        };
         match end {
             End::TenantThenNamespace => {
                 delete(&["tenant", &name]).await;
@@ -51,14 +57,19 @@ async fn what_an_uninstall_leaves_can_be_deleted() {
                 delete(&["namespace", &namespace]).await;
                 delete(&["tenant", &name]).await;
             }
-            End::Definition => {
+            End::Everything => {
                 delete(&["crd", "tenants.cloister.dev"]).await;
                 delete(&["namespace", "--selector=cloister.dev/tenant"]).await;
-                assert_eq!(cluster.kubectl(&namespaces).await, "");
-                continue;
+                assert_eq!(left().await, "");
+                break;
             }
         }
-        // The other stays, for the next release to take up.
-        assert_eq!(cluster.kubectl(&namespaces).await.trim(), format!("namespace/tenant-{KEPT}"));
+        assert_eq!(left().await, format!("namespace/tenant-{KEPT}"));
+
+        // The other goes on with the next release: its key, its agent, its pod.
+        platform.upgrade(&json!({})).await;
+        let run = succeed(&kept.client, &others, "Who serves what was kept?").await;
+        assert_eq!(run["worker"], json!(worker.pod));
+        assert_eq!(platform.worker(KEPT).await, worker);
     }
 }
