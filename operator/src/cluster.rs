@@ -185,7 +185,7 @@ impl Cluster {
     fn has_tenant(&self, namespace: &Namespace) -> bool {
         self.tenant_of(&namespace.name_any())
             .and_then(|name| self.tenants.get(&ObjectRef::new(&name)))
-            .is_some_and(|tenant| owns(&tenant, namespace))
+            .is_some_and(|tenant| owns(&tenant, namespace, &format!("{}{}", self.namespace_prefix, tenant.name_any())))
     }
 
     /// The tenant that a namespace by this name belongs, or would belong, to.
@@ -205,12 +205,12 @@ impl Cluster {
     }
 }
 
-/// Whether a namespace by the tenant's name is the tenant's. The annotation decides; where somebody took it away, the UID
-/// in the status does, which tells the namespace from another by the same name.
-pub fn owns(tenant: &Tenant, namespace: &Namespace) -> bool {
+/// Whether a namespace is the tenant's. The annotation decides; where somebody took it away, the UID in the status does,
+/// for a namespace of the tenant's own name: a status that somebody forged must not hand over anybody else's.
+pub fn owns(tenant: &Tenant, namespace: &Namespace, own_name: &str) -> bool {
     let annotation = namespace.annotations().get(TENANT_UID_ANNOTATION);
     let is_marked = annotation.is_some() && annotation == tenant.metadata.uid.as_ref();
-    is_marked || is_in_status(tenant, namespace)
+    is_marked || (namespace.name_any() == own_name && is_in_status(tenant, namespace))
 }
 
 /// Whether the tenant's status names this very namespace.

@@ -59,13 +59,15 @@ pub enum Ownership {
 impl Facts {
     /// Looks at what is there.
     pub fn observe(tenant: &Tenant, operator: &Operator, standing: Standing, trouble: Option<ApiError>) -> Self {
-        let status = tenant.status.as_ref().and_then(|status| status.namespace.as_ref());
-        let name = match status {
-            Some(status) => status.name.clone(),
-            None => operator.settings.namespace_of(&tenant.name_any()),
-        };
-        let namespace = operator.cluster.namespaces.get(None, &name);
-        let ownership = ownership(tenant, namespace.as_deref());
+        let namespaces = &operator.cluster.namespaces;
+        let own_name = operator.settings.namespace_of(&tenant.name_any());
+        // One that was made under another prefix stays where it is.
+        let known = tenant.status.as_ref().and_then(|status| status.namespace.as_ref());
+        let known = known.and_then(|known| namespaces.get(None, &known.name));
+        let namespace =
+            known.filter(|known| owns(tenant, known, &own_name)).or_else(|| namespaces.get(None, &own_name));
+        let ownership = ownership(tenant, namespace.as_deref(), &own_name);
+        let name = namespace.as_ref().map_or(own_name, |namespace| namespace.name_any());
         let is_ours = ownership == Ownership::Ours;
         Self {
             standing,
@@ -100,10 +102,10 @@ impl Facts {
 }
 
 /// Whose a namespace by the tenant's name is.
-pub fn ownership(tenant: &Tenant, namespace: Option<&Namespace>) -> Ownership {
+pub fn ownership(tenant: &Tenant, namespace: Option<&Namespace>, own_name: &str) -> Ownership {
     match namespace {
         None => Ownership::Absent,
-        Some(namespace) if owns(tenant, namespace) => Ownership::Ours,
+        Some(namespace) if owns(tenant, namespace, own_name) => Ownership::Ours,
         Some(_) => Ownership::Foreign,
     }
 }
@@ -192,13 +194,15 @@ mod tests {
 
     fn namespace(uid: &str, tenant_uid: Option<&str>) -> Namespace {
         let annotations = tenant_uid.map(|uid| [(TENANT_UID_ANNOTATION.to_owned(), uid.to_owned())].into());
-        let metadata = ObjectMeta { uid: Some(uid.to_owned()), annotations, ..ObjectMeta::default() };
+        let (name, uid) = (Some("tenant-acme".to_owned()), Some(uid.to_owned()));
+        let metadata = ObjectMeta { name, uid, annotations, ..ObjectMeta::default() };
         Namespace { metadata, ..Namespace::default() }
     }
 
     #[test]
     fn whose_a_namespace_is() {
         let mut tenant = tenant(json!({}));
+        let ownership = |tenant: &Tenant, namespace: Option<&Namespace>| ownership(tenant, namespace, "tenant-acme");
         assert_eq!(ownership(&tenant, None), Ownership::Absent);
         assert_eq!(ownership(&tenant, Some(&namespace("n1", Some("9f0c")))), Ownership::Ours);
         assert_eq!(ownership(&tenant, Some(&namespace("n1", Some("other")))), Ownership::Foreign);
@@ -207,6 +211,9 @@ mod tests {
         tenant.status = Some(TenantStatus { namespace: Some(known), ..TenantStatus::default() });
         assert_eq!(ownership(&tenant, Some(&namespace("n1", None))), Ownership::Ours, "it lost its mark");
         assert_eq!(ownership(&tenant, Some(&namespace("n2", None))), Ownership::Foreign, "another by the same name");
+        let mut others = namespace("n1", Some("other"));
+        others.metadata.name = Some("tenant-globex".to_owned());
+        assert_eq!(ownership(&tenant, Some(&others)), Ownership::Foreign, "a forged status");
         tenant.metadata.uid = None;
         assert_eq!(ownership(&tenant, Some(&namespace("n2", None))), Ownership::Foreign);
     }

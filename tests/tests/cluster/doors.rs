@@ -6,15 +6,14 @@ use std::time::Duration;
 
 use cloister_tests::app::TestAppBuilder;
 use cloister_tests::client::http;
+use cloister_tests::operator::OPERATOR_KEY;
 use cloister_tests::{Cluster, PATIENCE, Proxy, TestApp};
 use crds::protocol::{Registration, Report, State, VERSION, VERSION_HEADER};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 use tokio::time::Instant;
-use uuid::Uuid;
 
-/// The operator's key, where the cluster is not asked.
-const KEY: &str = "an-operator-key-of-32-characters-or-more";
+use crate::support::{done, mutate, name};
 
 /// What the api may do in its cluster, and nothing more; the chart grants the same.
 const RIGHTS: &str = r#"
@@ -54,17 +53,12 @@ async fn cluster() -> &'static Cluster {
     CLUSTER.get_or_init(start).await
 }
 
-/// A name that no other test has.
-fn name(prefix: &str) -> String {
-    format!("{prefix}-{}", &Uuid::new_v4().simple().to_string()[..8])
-}
-
 /// An api with the rights of its ServiceAccount in the cluster.
 fn inside(builder: TestAppBuilder, kubeconfig: &std::path::Path) -> TestAppBuilder {
     builder
         .env("KUBECONFIG", &kubeconfig.display().to_string())
         .env("CLOISTER_CLUSTER__ENABLED", "true")
-        .env("CLOISTER_CLUSTER__OPERATOR_KEY", KEY)
+        .env("CLOISTER_CLUSTER__OPERATOR_KEY", OPERATOR_KEY)
 }
 
 async fn api(cluster: &Cluster) -> TestApp {
@@ -83,25 +77,6 @@ async fn through_proxy(cluster: &Cluster, directory: &std::path::Path) -> (Proxy
     let path = directory.join("kubeconfig");
     std::fs::write(&path, config.to_string()).unwrap();
     (proxy, path)
-}
-
-/// A mutation of the admin's on a tenant: its payload.
-async fn mutate(app: &TestApp, name: &str, input: Value) -> Value {
-    let of = match name {
-        "suspendTenant" | "resumeTenant" | "deleteTenant" => "TenantIdInput".to_owned(),
-        _ => format!("{}{}Input", name[..1].to_uppercase(), &name[1..]),
-    };
-    let selection = if name == "deleteTenant" { "deletedId" } else { "tenant { id name status plan { name } }" };
-    let mutation = format!(
-        "mutation ($input: {of}!) {{ {name}(input: $input) {{ {selection} errors {{ code message field }} }} }}"
-    );
-    app.admin().data(&mutation, json!({"input": input})).await[name].clone()
-}
-
-async fn done(app: &TestApp, name: &str, input: Value) -> Value {
-    let payload = mutate(app, name, input).await;
-    assert_eq!(payload["errors"], json!([]), "{name}");
-    payload
 }
 
 async fn object(cluster: &Cluster, name: &str) -> Option<Value> {
@@ -142,7 +117,7 @@ async fn report(app: &TestApp, cluster: &Cluster, name: &str) -> State {
     };
     let uid = cluster.kubectl(&["get", "namespace", "kube-system", "--output=jsonpath={.metadata.uid}"]).await;
     let request = http().put(format!("{}/operator/v1/tenants/{uid}/{name}", app.runtime_url()));
-    let answer = request.header(VERSION_HEADER, VERSION).bearer_auth(KEY).json(&report).send().await.unwrap();
+    let answer = request.header(VERSION_HEADER, VERSION).bearer_auth(OPERATOR_KEY).json(&report).send().await.unwrap();
     assert_eq!(answer.status(), 200, "{report:?}");
     answer.json().await.unwrap()
 }

@@ -5,4 +5,6 @@
 mod charts;
 mod doors;
 mod installed;
+mod operator;
 mod smoke;
+mod support;

@@ -48,13 +48,13 @@ fn render(cluster: &Cluster, name: &str, more: &[&str]) -> Result<String, String
 }
 
 /// What a set of values makes of the chart.
-fn render_set(cluster: &Cluster, name: &str) -> String {
+pub fn render_set(cluster: &Cluster, name: &str) -> String {
     let values = set(name);
     render(cluster, "cloister", &["--values", values.to_str().expect("a path in UTF-8")]).expect("the set renders")
 }
 
 /// The objects of a manifest.
-fn objects(manifest: &str) -> Vec<Value> {
+pub fn objects(manifest: &str) -> Vec<Value> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(manifest).expect("YAML");
     documents.into_iter().filter(|document| !document.is_null()).collect()
 }

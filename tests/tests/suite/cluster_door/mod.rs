@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use crate::calls::new_key;
 
 /// The operator's key.
-const KEY: &str = "an-operator-key-of-32-characters-or-more";
+const KEY: &str = cloister_tests::operator::OPERATOR_KEY;
 /// The UID of a cluster.
 const CLUSTER: &str = "6f2c1a52-9f1e-4c57-8f0f-0d9b4c3e7a10";
 
