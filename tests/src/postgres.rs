@@ -163,6 +163,37 @@ impl PostgresServer {
         format!("postgres://postgres@{}/postgres", self.address).parse().expect("a URL")
     }
 
+    /// What is in its database `postgres`, for [`PostgresServer::restore`].
+    ///
+    /// # Panics
+    /// `pg_dump` fails.
+    pub fn dump(&self) -> Vec<u8> {
+        let dump = self.client("pg_dump").args(["--format=custom", "--dbname"]).arg(self.url().as_str()).output();
+        let dump = dump.expect("pg_dump runs");
+        assert!(dump.status.success(), "pg_dump: {}", String::from_utf8_lossy(&dump.stderr));
+        dump.stdout
+    }
+
+    /// Has it hold what was dumped, and nothing else.
+    ///
+    /// # Panics
+    /// `pg_restore` fails.
+    pub async fn restore(&self, dump: &[u8]) {
+        execute(&self.url(), "DROP SCHEMA public CASCADE; CREATE SCHEMA public").await.expect("it is emptied");
+        let file = self.directory.path().join("dump");
+        fs::write(&file, dump).expect("the dump is written");
+        let mut restore = self.client("pg_restore");
+        restore.args(["--exit-on-error", "--dbname"]).arg(self.url().as_str()).arg(&file);
+        let restored = restore.output().expect("pg_restore runs");
+        assert!(restored.status.success(), "pg_restore: {}", String::from_utf8_lossy(&restored.stderr));
+    }
+
+    fn client(&self, name: &str) -> Command {
+        let mut client = Command::new(binaries().join(name));
+        client.stdin(Stdio::null()).env("LC_ALL", "C");
+        client
+    }
+
     /// Shuts it down and waits until it has ended.
     pub fn stop(&mut self, how: Shutdown) {
         let Some(mut process) = self.process.take() else { return };

@@ -5,6 +5,7 @@ mod confinement;
 mod life;
 mod network;
 mod platform;
+mod restore;
 mod rotation;
 mod uninstall;
 mod upgrade;
