@@ -113,6 +113,10 @@ pub struct State {
     pub usage: Usage,
     /// Its runs.
     pub runs: Runs,
+    /// The last rotation of its workers' token that works; 0: none does, as after a restore from a backup. Absent: it is
+    /// not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotation: Option<i64>,
 }
 
 /// Why a tenant is not served.
@@ -203,6 +207,9 @@ pub struct Changes {
     /// To be sent as `after` next time. Without it, or with one that the api doesn't know (it was started anew), all of
     /// the cluster's tenants are told of.
     pub cursor: String,
+    /// Whether all were told of: an object that is not among them is not registered.
+    #[serde(default)]
+    pub is_all: bool,
     /// The objects' names with what holds for them now.
     pub tenants: Vec<Changed>,
 }

@@ -3,12 +3,15 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crds::protocol::{Provisioning, State};
 
 use crate::api::ApiError;
 use crate::scaling::Window;
+
+/// What the api told within this long of a new token may be older than it.
+const FRESH: Duration = Duration::from_secs(5);
 
 /// What is remembered of all tenants, by their objects' names.
 #[derive(Default)]
@@ -33,6 +36,10 @@ pub struct Entry {
     pub window: Window,
     /// The last rotation of the workers' token that was asked for.
     pub rotation: i64,
+    /// When that was answered.
+    pub rotated: Option<Instant>,
+    /// The last rotation that works, as the api told.
+    pub working_rotation: Option<i64>,
     /// Looks that failed, one after the other.
     pub failures: u32,
 }
@@ -50,8 +57,22 @@ impl Memory {
     }
 
     /// Takes in what the api tells; whether that is news.
-    pub fn told(&self, name: &str, state: State) -> bool {
-        self.with(name, |entry| entry.state.replace(state.clone()) != Some(state))
+    pub fn told(&self, name: &str, mut state: State) -> bool {
+        self.with(name, |entry| {
+            let told = state.rotation.take().filter(|_| entry.rotated.is_none_or(|at| at.elapsed() > FRESH));
+            let known = entry.working_rotation;
+            entry.working_rotation = told.or(known);
+            // That a newer one works is none: this operator made it.
+            let is_lost = told.zip(known).is_some_and(|(told, known)| told < known);
+            entry.state.replace(state.clone()) != Some(state) || is_lost
+        })
+    }
+
+    /// The api doesn't know the object, or doesn't any more: it is to be told all.
+    pub fn is_unknown(&self, name: &str) {
+        self.with(name, |entry| {
+            (entry.state, entry.acknowledged, entry.reported) = (None, None, None);
+        });
     }
 
     /// Looks at, or changes, what is remembered of a tenant.

@@ -98,6 +98,14 @@ build_image() { # build_image TAG CONTEXT [OPTION OF buildah build]...
     buildah_here rmi --prune >/dev/null
 }
 
+forget_images() { # forget_images TAG...
+    local tag
+    for tag in "$@"; do
+        rm -f "$(archive_of "$tag")"
+        buildah_here rmi "$tag" >/dev/null 2>&1 || true
+    done
+}
+
 # Makes a Debian with the packages and commits it under TAG, for Dockerfiles that begin `FROM TAG`.
 build_base() { # build_base TAG SUITE [PACKAGE]...
     local tag=$1 suite=$2 tree="$cache/base.tar" container packages

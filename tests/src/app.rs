@@ -159,8 +159,15 @@ impl TestAppBuilder {
     }
 
     fn config_file(&self) -> String {
-        let model = format!(
-            r#"
+        let model = if self.model_url.is_some() { scripted_model() } else { String::new() };
+        format!("{model}\n{}", self.config)
+    }
+}
+
+/// [`SCRIPTED_MODEL`] as a configuration file has it.
+pub fn scripted_model() -> String {
+    format!(
+        r#"
 [[models]]
 name = "{SCRIPTED_MODEL}"
 provider = "scripted"
@@ -173,10 +180,7 @@ output = "2.00"
 cache_read = "0.50"
 cache_write = "1.25"
 "#
-        );
-        let model = if self.model_url.is_some() { model } else { String::new() };
-        format!("{model}\n{}", self.config)
-    }
+    )
 }
 
 impl TestApp {

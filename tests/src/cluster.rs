@@ -52,6 +52,15 @@ impl Cluster {
         Cluster::run(&[]).await
     }
 
+    /// The same where [`Cluster::start`] would use another: for what takes a cluster over, such as a release with an
+    /// operator, of which there is one a cluster.
+    ///
+    /// # Panics
+    /// As [`Cluster::start`] does.
+    pub async fn own() -> Cluster {
+        Cluster::run(&[]).await
+    }
+
     /// Starts a cluster without a kubelet: its API server, controllers and scheduler are real, and what is placed on one
     /// of its ten nodes, with room for ten thousand pods each, is said to run (kwok).
     ///

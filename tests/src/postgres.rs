@@ -7,8 +7,8 @@
 
 use std::env;
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::net::{Ipv4Addr, TcpListener};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -110,7 +110,7 @@ async fn server() -> Url {
 /// A server from the machine's own binaries. It ends, and its data go, when it is dropped.
 pub struct PostgresServer {
     directory: TempDir,
-    port: u16,
+    address: SocketAddrV4,
     process: Option<Child>,
 }
 
@@ -124,32 +124,74 @@ pub enum Shutdown {
 }
 
 impl PostgresServer {
-    /// Makes a cluster of databases and starts a server on it, on a free port.
+    /// Makes a cluster of databases and starts a server on it, on a free port of the loopback interface.
     ///
     /// # Panics
     /// There is no PostgreSQL to be had; the message says what to do.
     pub async fn start() -> PostgresServer {
-        let start = || {
+        Self::listen(Ipv4Addr::LOCALHOST).await
+    }
+
+    /// The same on a free port of another address of this machine. Whoever reaches it is let in.
+    ///
+    /// # Panics
+    /// There is no PostgreSQL to be had; the message says what to do.
+    pub async fn listen(ip: Ipv4Addr) -> PostgresServer {
+        let start = move || {
             let directory = Scope::current().directory();
             let mut initdb = as_database_user(directory.path(), &binaries().join("initdb"));
             initdb.arg("--pgdata").arg(data(&directory));
             initdb.args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]);
             let output = initdb.output().expect("initdb runs");
             assert!(output.status.success(), "initdb failed: {}", String::from_utf8_lossy(&output.stderr));
+            let everybody = "host all all all trust\n";
+            let access = fs::OpenOptions::new().append(true).open(data(&directory).join("pg_hba.conf"));
+            access.and_then(|mut access| access.write_all(everybody.as_bytes())).expect("who is let in is written");
             let started = (0..ATTEMPTS).find_map(|_| {
-                let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|free| free.local_addr());
-                let port = free.ok()?.port();
-                Some((port, serve(&directory, port)?))
+                let free = TcpListener::bind((ip, 0)).and_then(|free| free.local_addr());
+                let address = SocketAddrV4::new(ip, free.ok()?.port());
+                Some((address, serve(&directory, address)?))
             });
-            let (port, process) = started.expect("PostgreSQL starts on a free port");
-            PostgresServer { directory, port, process: Some(process) }
+            let (address, process) = started.expect("PostgreSQL starts on a free port");
+            PostgresServer { directory, address, process: Some(process) }
         };
         tokio::task::spawn_blocking(start).await.expect("PostgreSQL starts")
     }
 
     /// The URL of its database `postgres`.
     pub fn url(&self) -> Url {
-        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port).parse().expect("a URL")
+        format!("postgres://postgres@{}/postgres", self.address).parse().expect("a URL")
+    }
+
+    /// What is in its database `postgres`, for [`PostgresServer::restore`].
+    ///
+    /// # Panics
+    /// `pg_dump` fails.
+    pub fn dump(&self) -> Vec<u8> {
+        let dump = self.client("pg_dump").args(["--format=custom", "--dbname"]).arg(self.url().as_str()).output();
+        let dump = dump.expect("pg_dump runs");
+        assert!(dump.status.success(), "pg_dump: {}", String::from_utf8_lossy(&dump.stderr));
+        dump.stdout
+    }
+
+    /// Has it hold what was dumped, and nothing else.
+    ///
+    /// # Panics
+    /// `pg_restore` fails.
+    pub async fn restore(&self, dump: &[u8]) {
+        execute(&self.url(), "DROP SCHEMA public CASCADE; CREATE SCHEMA public").await.expect("it is emptied");
+        let file = self.directory.path().join("dump");
+        fs::write(&file, dump).expect("the dump is written");
+        let mut restore = self.client("pg_restore");
+        restore.args(["--exit-on-error", "--dbname"]).arg(self.url().as_str()).arg(&file);
+        let restored = restore.output().expect("pg_restore runs");
+        assert!(restored.status.success(), "pg_restore: {}", String::from_utf8_lossy(&restored.stderr));
+    }
+
+    fn client(&self, name: &str) -> Command {
+        let mut client = Command::new(binaries().join(name));
+        client.stdin(Stdio::null()).env("LC_ALL", "C");
+        client
     }
 
     /// Shuts it down and waits until it has ended.
@@ -170,7 +212,7 @@ impl PostgresServer {
     /// It doesn't start.
     pub fn start_again(&mut self) {
         self.stop(Shutdown::Fast);
-        self.process = Some(serve(&self.directory, self.port).expect("PostgreSQL starts again"));
+        self.process = Some(serve(&self.directory, self.address).expect("PostgreSQL starts again"));
     }
 }
 
@@ -185,11 +227,11 @@ fn data(directory: &TempDir) -> PathBuf {
 }
 
 /// Starts the server; none if it ended, such as when another process took the port.
-fn serve(directory: &TempDir, port: u16) -> Option<Child> {
+fn serve(directory: &TempDir, address: SocketAddrV4) -> Option<Child> {
     let mut postgres = as_database_user(directory.path(), &binaries().join("postgres"));
-    postgres.arg("-D").arg(data(directory)).args(["-p", &port.to_string()]);
+    postgres.arg("-D").arg(data(directory)).args(["-p", &address.port().to_string()]);
+    postgres.arg("-c").arg(format!("listen_addresses={}", address.ip()));
     for setting in [
-        "listen_addresses=127.0.0.1",
         "unix_socket_directories=",
         "max_connections=400",
         // The machine doesn't crash; the server may, and then must lose no commit.

@@ -1,7 +1,7 @@
 //! A Redis of its own for a test, from the machine's own binary, on a free port, that keeps nothing.
 
 use std::io::{BufRead, BufReader};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -17,7 +17,7 @@ const ATTEMPTS: usize = 5;
 
 /// A Redis server, running unless it was killed. Dropping it kills it.
 pub struct RedisServer {
-    port: u16,
+    address: SocketAddrV4,
     server: Option<Child>,
     directory: TempDir,
 }
@@ -28,10 +28,19 @@ impl RedisServer {
     /// # Panics
     /// There is no `redis-server` to be had.
     pub async fn start() -> RedisServer {
-        let mut redis = RedisServer { port: 0, server: None, directory: Scope::current().directory() };
+        Self::listen(Ipv4Addr::LOCALHOST).await
+    }
+
+    /// The same on another address of this machine. Whoever reaches it is let in.
+    ///
+    /// # Panics
+    /// There is no `redis-server` to be had.
+    pub async fn listen(ip: Ipv4Addr) -> RedisServer {
+        let directory = Scope::current().directory();
+        let mut redis = RedisServer { address: SocketAddrV4::new(ip, 0), server: None, directory };
         for _ in 0..ATTEMPTS {
-            let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|free| free.local_addr());
-            redis.port = free.expect("a free port").port();
+            let free = TcpListener::bind((ip, 0)).and_then(|free| free.local_addr());
+            redis.address.set_port(free.expect("a free port").port());
             if redis.serve() {
                 return redis;
             }
@@ -41,7 +50,7 @@ impl RedisServer {
 
     /// Its URL, `redis://…`. It stays the same over restarts.
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}/", self.port)
+        format!("redis://{}/", self.address)
     }
 
     /// Ends the server with SIGKILL; what it held is lost.
@@ -59,7 +68,7 @@ impl RedisServer {
     /// It doesn't start.
     pub async fn restart(&mut self) {
         self.kill();
-        assert!(self.serve(), "redis-server does not start on port {}", self.port);
+        assert!(self.serve(), "redis-server does not start on {}", self.address);
     }
 
     /// Stops the server's process as a machine that stands still would: connections stay, and nothing answers.
@@ -92,7 +101,8 @@ impl RedisServer {
     /// Whether it came up: another process may have taken the port.
     fn serve(&mut self) -> bool {
         let mut server = Command::new("redis-server")
-            .args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args(["--port", &self.address.port().to_string(), "--bind", &self.address.ip().to_string()])
+            .args(["--protected-mode", "no", "--save", "", "--appendonly", "no"])
             .current_dir(self.directory.path())
             .process_group(0)
             .stdin(Stdio::null())

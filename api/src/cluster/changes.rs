@@ -143,8 +143,9 @@ pub async fn changes(app: &App, cluster: &str, after: Option<&str>) -> Result<Ch
             let has_news = news.as_ref().is_none_or(|news| !news.is_empty());
             if is_over || (has_news && !is_early) {
                 let told = Cursor { instance: boards.instance.clone(), number: board.number, time: board.last };
+                let is_all = news.is_none();
                 let tenants = news.unwrap_or_else(|| board.changed(|_| true));
-                return Ok(Changes { cursor: told.to_string(), tenants });
+                return Ok(Changes { cursor: told.to_string(), is_all, tenants });
             }
             board.looked.map_or(deadline, |looked| looked + LOOK)
         };

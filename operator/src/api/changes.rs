@@ -1,11 +1,12 @@
 //! What the api tells of its own accord: usage, billing and drains, by one long poll for all tenants; and what it is told
 //! now and then: which objects there are.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crds::Tenant;
-use crds::protocol::{Inventory, Object};
+use crds::protocol::{Changed, Inventory, Object};
 use kube::ResourceExt;
 use tokio_util::sync::CancellationToken;
 
@@ -25,6 +26,9 @@ pub async fn follow(operator: Arc<Operator>, told: CancellationToken, stopping: 
     while let Some(answer) = stopping.run_until_cancelled(operator.api.changes(cursor.as_deref())).await {
         match answer {
             Ok(changes) => {
+                if changes.is_all {
+                    register_again(&operator, &changes.tenants);
+                }
                 for changed in changes.tenants {
                     if operator.memory.told(&changed.name, changed.state) {
                         operator.cluster.triggers.tenant(&changed.name);
@@ -51,6 +55,18 @@ pub async fn follow(operator: Arc<Operator>, told: CancellationToken, stopping: 
                 }
                 pause = (pause * 2).min(LONGEST_PAUSE);
             }
+        }
+    }
+}
+
+/// Objects that the api no longer knows, as after a restore from a backup, are told to it.
+fn register_again(operator: &Operator, known: &[Changed]) {
+    let known: HashSet<&str> = known.iter().map(|changed| changed.name.as_str()).collect();
+    for tenant in operator.cluster.tenants.state() {
+        let name = tenant.name_any();
+        if !known.contains(name.as_str()) {
+            operator.memory.is_unknown(&name);
+            operator.cluster.triggers.tenant(&name);
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The workers' token: made through the api, changed every day, told from the Secret's annotations.
 
+use std::time::Instant;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use crds::protocol::{TOKEN_SECONDS, TokenRequest};
 use k8s_openapi::api::core::v1::Secret;
@@ -37,7 +39,10 @@ pub async fn settle(operator: &Operator, wanted: &Wanted) -> Result<Rotation, Er
     let live = operator.cluster.secrets.get(Some(&wanted.namespace), NAME);
     let now = clock::now();
     let current = live.as_deref().and_then(|live| current(live, wanted, now));
-    if let Some(Current { due_in: Some(due_in), .. }) = current {
+    // An api that was restored from a backup may have forgotten it; an admin may have revoked it.
+    let working = operator.memory.with(&wanted.tenant, |entry| entry.working_rotation);
+    let works = |current: &Current| working.is_none_or(|working| current.rotation <= working);
+    if let Some(Current { due_in: Some(due_in), .. }) = current.filter(works) {
         return Ok(Rotation { trouble: None, is_there: true, due_in: Some(due_in) });
     }
     let is_there = live.is_some();
@@ -62,6 +67,9 @@ pub async fn settle(operator: &Operator, wanted: &Wanted) -> Result<Rotation, Er
             return Ok(Rotation { trouble: Some(error), is_there, due_in: None });
         }
     };
+    operator.memory.with(&wanted.tenant, |entry| {
+        (entry.rotated, entry.working_rotation) = (Some(Instant::now()), Some(rotation));
+    });
     write::secret(operator, build_secret(wanted, &token, rotation)).await?;
     // The next one is another one, even if this Secret is lost at once.
     operator.memory.with(&wanted.tenant, |entry| entry.rotation = rotation + 1);

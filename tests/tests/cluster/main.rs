@@ -4,6 +4,7 @@
 
 mod charts;
 mod doors;
+mod installed;
 mod operator;
 mod smoke;
 mod support;

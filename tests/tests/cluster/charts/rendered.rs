@@ -91,6 +91,22 @@ async fn rendered_twice_it_is_the_same() {
 }
 
 #[tokio::test]
+async fn a_configuration_arrives_as_it_was_written() {
+    let cluster = Cluster::shared().await;
+    let embedded = set("embedded");
+    for config in
+        ["[log]\nformat = \"text\"\n", "\n[log]\n", "  [log]\n\n  a = 1 # {{ no template }}\n", "a = 1\n\n\nb = 2\n"]
+    {
+        let values = file(&json!({"api": {"config": config}}).to_string());
+        let values =
+            ["--values", embedded.to_str().expect("UTF-8"), "--values", values.path().to_str().expect("UTF-8")];
+        let objects = objects(&render(cluster, "cloister", &values).expect("the chart renders"));
+        let map = objects.iter().find(|object| object["kind"] == "ConfigMap").expect("a ConfigMap");
+        assert_eq!(map["data"]["cloister.toml"], config);
+    }
+}
+
+#[tokio::test]
 async fn every_pod_is_confined() {
     let cluster = Cluster::shared().await;
     for set in SETS {

@@ -16,7 +16,7 @@ async fn changes_are_told_once(builder: TestAppBuilder) {
     let app = with_operator(builder).start().await;
     let operator = Operator::of(&app);
     let empty = operator.changes(None).await;
-    assert!(empty.tenants.is_empty());
+    assert!(empty.is_all && empty.tenants.is_empty());
     let acme = operator.report("acme", &report("acme", "pro")).await;
     let beta = operator.report("beta", &report("beta", "pro")).await;
     operator.in_cluster("another-cluster").report("gamma", &report("gamma", "pro")).await;
@@ -25,6 +25,7 @@ async fn changes_are_told_once(builder: TestAppBuilder) {
     let mut told = Vec::new();
     while told.len() < 2 {
         let changes = operator.changes(Some(&cursor)).await;
+        assert!(!changes.is_all);
         cursor = changes.cursor;
         told.extend(changes.tenants);
     }
@@ -49,7 +50,8 @@ async fn changes_are_told_once(builder: TestAppBuilder) {
     // Without a cursor, or with one that makes no sense, all are told at once.
     for cursor in [None, Some("nonsense"), Some("a:1:1")] {
         let begun = Instant::now();
-        assert_eq!(operator.changes(cursor).await.tenants.len(), 2);
+        let all = operator.changes(cursor).await;
+        assert_eq!((all.is_all, all.tenants.len()), (true, 2));
         assert!(begun.elapsed() < Duration::from_secs(5));
     }
 }

@@ -18,7 +18,8 @@ use crate::calls::from_now;
 on_both!(
     rotations_overlap_until_the_new_token_is_seen,
     the_same_rotation_again_makes_another_token,
-    another_object_counts_anew
+    another_object_counts_anew,
+    the_operator_is_told_which_rotation_works,
 );
 
 /// The status that a claim with a token is answered with.
@@ -113,6 +114,22 @@ async fn the_same_rotation_again_makes_another_token(builder: TestAppBuilder) {
     let working: Vec<_> = stored(&app).await.into_iter().filter(|token| token.revoked_at.is_none()).collect();
     assert_eq!(working.iter().filter(|token| ends(token)).count(), 2);
     assert_eq!(claim(&app, &last.token).await, 200);
+}
+
+async fn the_operator_is_told_which_rotation_works(builder: TestAppBuilder) {
+    let app = with_operator(builder).start().await;
+    let operator = Operator::of(&app);
+    let rotation = async || operator.report("acme", &report("acme", "enterprise")).await.rotation;
+    assert_eq!(rotation().await, Some(0));
+    operator.token("acme", 1).await.unwrap();
+    assert_eq!(rotation().await, Some(1));
+    let second = operator.token("acme", 2).await.unwrap();
+    assert_eq!(rotation().await, Some(2));
+    // One that is revoked works no more, and neither does one whose time is over.
+    crate::calls::done(&app.admin(), "revokeRuntimeToken", json!({"runtimeTokenId": second.id})).await;
+    assert_eq!(rotation().await, Some(1));
+    expire(&app, stored(&app).await[0].id).await;
+    assert_eq!(rotation().await, Some(0));
 }
 
 async fn another_object_counts_anew(builder: TestAppBuilder) {
