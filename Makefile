@@ -24,19 +24,23 @@ cluster-down:
 demo-kubernetes:
 	@scripts/demo-kubernetes
 
-# Everything that must hold: format, lints, every test.
+# Everything that must hold: format, lints, every test; those on a cluster where this machine can have one.
 test: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo build --workspace
 	cargo test --workspace
+	@if scripts/cluster able; then $(MAKE) test-cluster; fi
 
-# What needs a Kubernetes cluster, for root; the first time builds its programs, in about fifteen minutes.
+# What needs a Kubernetes cluster, for root; the first time builds its programs, in about fifteen minutes. Each line has
+# clusters of its own, which go before the next line's come.
 test-cluster:
 	@scripts/setup build test cluster
 	cargo build --workspace
-	@[ -n "$$CLOISTER_TEST_KUBECONFIG" ] || scripts/cluster build
-	cargo test --package cloister-tests --test cluster
+	scripts/cluster build
+	cargo test --workspace --test cluster -- smoke:: charts::
+	cargo test --workspace --test cluster -- doors:: operator::
+	cargo test --workspace --test cluster -- installed::
 
 # How fast it is, beside its peers: half an hour on a quiet machine, into docs/benchmarks.md. QUICK=1 takes minutes.
 bench:
