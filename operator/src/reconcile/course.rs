@@ -185,6 +185,7 @@ mod tests {
             suspended: None,
             usage: Usage { period: "2026-11".to_owned(), tokens: 0, limit: 10 },
             runs: Runs { running_dedicated, ..Runs::default() },
+            rotation: None,
         })
     }
 
