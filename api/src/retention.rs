@@ -1,6 +1,7 @@
 //! What grows for ever: its partitions are made ahead, and dropped when the configuration says so.
 
 use chrono::Months;
+use cloister_runtime::ids::run_id;
 use entity::runs::Status;
 use entity::{TenantOwned, runs};
 use migration::partitions;
@@ -36,7 +37,7 @@ async fn drop_items(app: &App, months: u32) -> Result<(), Error> {
         .one(app.db.read())
         .await?;
     if let Some(run) = unfinished {
-        tracing::warn!(run_id = %run.id, "items older than retention.items_months are kept: a run of that time is unfinished");
+        tracing::warn!(run_id = %run_id(run.id), "items older than retention.items_months are kept: a run of that time is unfinished");
         return Ok(());
     }
     Ok(partitions::drop_old(app.db.write(), "run_items", "run_created_at", months).await?)

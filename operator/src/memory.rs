@@ -101,3 +101,44 @@ impl Memory {
         entries.iter().filter_map(usage).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crds::protocol::{Runs, Usage};
+
+    use super::*;
+
+    fn state(rotation: Option<i64>) -> State {
+        State {
+            tenant_id: "ten_1".to_owned(),
+            plan: "enterprise".to_owned(),
+            suspended: None,
+            usage: Usage { period: "2026-11".to_owned(), tokens: 0, limit: 10 },
+            runs: Runs::default(),
+            rotation,
+        }
+    }
+
+    #[test]
+    fn a_rotation_is_news_when_it_is_lost() {
+        let memory = Memory::default();
+        let working = || memory.with("acme", |entry| entry.working_rotation);
+        assert!(memory.told("acme", state(Some(7))), "the first word is news");
+        assert!(!memory.told("acme", state(Some(8))) && working() == Some(8));
+        assert!(!memory.told("acme", state(None)) && working() == Some(8), "an api that doesn't tell");
+        assert!(memory.told("acme", state(Some(0))) && working() == Some(0));
+        assert!(!memory.told("acme", state(Some(0))), "it is known");
+        // What was on its way while a token was made is older than it.
+        memory.with("acme", |entry| (entry.rotated, entry.working_rotation) = (Some(Instant::now()), Some(9)));
+        assert!(!memory.told("acme", state(Some(0))) && working() == Some(9));
+    }
+
+    #[test]
+    fn what_the_api_forgot_is_told_again() {
+        let memory = Memory::default();
+        memory.told("acme", state(Some(7)));
+        memory.with("acme", |entry| entry.acknowledged = Some(3));
+        memory.is_unknown("acme");
+        assert!(memory.with("acme", |entry| entry.state.is_none() && entry.acknowledged.is_none()));
+    }
+}

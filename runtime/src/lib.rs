@@ -4,6 +4,7 @@
 //! what happens to a [`journal::Journal`]. Who implements the two traits decides where it runs: the
 //! api process (shared pool) or a worker in the tenant's own namespace.
 
+pub mod ids;
 pub mod item;
 pub mod journal;
 pub mod model;

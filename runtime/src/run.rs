@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use self::deltas::Deltas;
 use self::state::{Call, Next, State};
 use self::tools::Tools;
+use crate::ids::run_id;
 use crate::item::{Body, InputItem, Item, RunErrorCode, RunStatus, Step};
 use crate::journal::{Journal, JournalError, Progress};
 use crate::model::{Model, ModelCall, ModelError, ModelEvent, ModelResponse};
@@ -72,7 +73,7 @@ pub enum Outcome {
 ///
 /// Dropping the future abandons the run just as [`Stop::abandon`] does. The lease must be kept alive from elsewhere
 /// while a model or a tool takes its time.
-#[tracing::instrument(name = "run", skip_all, fields(run = %claim.lease.run_id))]
+#[tracing::instrument(name = "run", skip_all, fields(run = %run_id(claim.lease.run_id)))]
 pub async fn run(claim: Claim, ports: &Ports, stop: &Stop) -> Outcome {
     tokio::select! {
         biased;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
+use cloister_runtime::ids;
 use cloister_runtime::protocol::{
     Accepted, ClaimRequest, Claims, HeartbeatRequest, Heartbeats, MAX_CLAIMS, ReleaseRequest, Standing,
 };
@@ -150,7 +151,7 @@ impl Worker {
             let _place = place;
             let outcome = worker.execute(claim, &stop).await;
             metrics::counter!("cloister_runtime_runs_total", "outcome" => label(outcome)).increment(1);
-            tracing::info!(run_id = %lease.run_id, outcome = label(outcome), "a run was executed");
+            tracing::info!(run_id = %ids::run_id(lease.run_id), outcome = label(outcome), "a run was executed");
             if matches!(outcome, Outcome::HandedBack | Outcome::JournalUnavailable) {
                 worker.give_back(lease).await;
             }
@@ -165,7 +166,7 @@ impl Worker {
         let (run_id, stop) = (claim.lease.run_id, stop.clone());
         let running = tokio::spawn(async move { run(claim, &ports, &stop).await });
         running.await.unwrap_or_else(|error| {
-            tracing::error!(%run_id, %error, "a run failed on our side");
+            tracing::error!(run_id = %ids::run_id(run_id), %error, "a run failed on our side");
             Outcome::HandedBack
         })
     }
@@ -181,7 +182,7 @@ impl Worker {
             let pause = pauses.next().unwrap_or(LONGEST_PAUSE);
             // Refused, the run is not ours; after its lease it is anyone's.
             if matches!(error, ApiError::Refused(_)) || Instant::now() + pause > until {
-                tracing::debug!(run_id = %lease.run_id, %error, "a run was not given back");
+                tracing::debug!(run_id = %ids::run_id(lease.run_id), %error, "a run was not given back");
                 return;
             }
             sleep(pause).await;
@@ -263,7 +264,7 @@ impl Worker {
         }
         for (released, lease) in join_all(left.iter().map(|lease| self.release(*lease))).await.into_iter().zip(&left) {
             if let Err(error) = released {
-                tracing::warn!(run_id = %lease.run_id, %error, "a run was not given back; its lease will lapse");
+                tracing::warn!(run_id = %ids::run_id(lease.run_id), %error, "a run was not given back; its lease will lapse");
             }
         }
     }

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
+use cloister_runtime::ids::run_id;
 use cloister_runtime::item::{RunErrorCode, TokenUsage};
 use cloister_runtime::model::{ModelError, ModelEvent, ModelRequest, ModelResponse, Part};
 use cloister_runtime::recorder::TurnRecorder;
@@ -86,7 +87,8 @@ impl Call {
         let last = match self.attempts().await {
             Ok(last) => last,
             Err(error) => {
-                tracing::error!(%error, inside = ?error, run_id = ?self.origin.run_id, "a model call failed on our side");
+                let run_id = self.origin.run_id.map(|id| tracing::field::display(run_id(id)));
+                tracing::error!(%error, inside = ?error, run_id, "a model call failed on our side");
                 failed(RunErrorCode::Internal, error.to_string())
             }
         };

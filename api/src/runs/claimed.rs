@@ -1,5 +1,6 @@
 //! What is done with a claimed run, whichever worker executes it: one of this process's pool, or one apart.
 
+use cloister_runtime::ids::run_id;
 use cloister_runtime::item::{Body, Item, RunErrorCode, Step};
 use cloister_runtime::journal::Journal;
 use cloister_runtime::model::{Model, ModelCall, ModelError, ModelEvent};
@@ -78,14 +79,14 @@ async fn earlier_runs(app: &App, run: &runs::Model) -> Result<Vec<(runs::Model, 
 /// several claims won't, unless it is only that the database is away: the run ends.
 pub async fn retry_or_fail(app: &App, run: &runs::Model, error: &Error) {
     const CLAIMS: i64 = 5;
-    tracing::error!(run_id = %run.id, inside = ?error, "a run could not be prepared");
+    tracing::error!(run_id = %run_id(run.id), inside = ?error, "a run could not be prepared");
     if run.fence < CLAIMS || matches!(error, Error::Unavailable(_)) {
         return;
     }
     let body = Body::failed(RunErrorCode::Internal, "The run could not be executed. Tell us its id.");
     let step = Step { agent_name: run_agent_name(run).unwrap_or_default(), turn: None, body };
     if let Err(error) = DatabaseJournal(app.clone()).append(lease_of(run), run.next_sequence, vec![step]).await {
-        tracing::error!(run_id = %run.id, %error, "a run that can't be executed could not be ended");
+        tracing::error!(run_id = %run_id(run.id), %error, "a run that can't be executed could not be ended");
     }
 }
 
@@ -101,7 +102,7 @@ pub async fn hand_back(app: &App, lease: Lease) -> Result<(), Error> {
 /// As [`hand_back`], where nobody is to be told of a failure.
 pub async fn try_hand_back(app: &App, lease: Lease) {
     if let Err(error) = hand_back(app, lease).await {
-        tracing::warn!(run_id = %lease.run_id, inside = ?error, "a run was not handed back; its lease will lapse");
+        tracing::warn!(run_id = %run_id(lease.run_id), inside = ?error, "a run was not handed back; its lease will lapse");
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use cloister_runtime::ids::run_id;
 use cloister_runtime::item::{Body, Item, Role, RunStatus, Step};
 use cloister_runtime::journal::{Journal, JournalError, Progress};
 use cloister_runtime::spec::Lease;
@@ -412,7 +413,7 @@ impl Journal for DatabaseJournal {
             Ok(Verdict::Stored | Verdict::Repeated) => Ok(()),
             Ok(Verdict::Refused) => Err(JournalError::LeaseLost),
             Err(error) => {
-                tracing::warn!(run_id = %lease.run_id, inside = ?error, "an append failed");
+                tracing::warn!(run_id = %run_id(lease.run_id), inside = ?error, "an append failed");
                 Err(JournalError::Unavailable(error.to_string()))
             }
         }

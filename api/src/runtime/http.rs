@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Extension, Json, Router};
 use bytes::Bytes;
+use cloister_runtime::ids;
 use cloister_runtime::protocol::{
     Accepted, AppendRequest, Claims, DeltasRequest, Heartbeats, KEEP_ALIVE_MS, MAX_BODY_BYTES, ModelTurn, RefusalCode,
     ReleaseRequest, Standing, VERSION, VERSION_HEADER,
@@ -70,7 +71,8 @@ fn note(refused: &Refused, caller: Option<&Caller>, path: &str) {
     let (code, message) = (refused.code.name(), &refused.message);
     match caller {
         Some(caller) => {
-            let run_id = path.split('/').find_map(|part| part.parse::<Uuid>().ok()).map(tracing::field::display);
+            let run_id = path.split('/').find_map(|part| part.parse::<Uuid>().ok());
+            let run_id = run_id.map(|id| tracing::field::display(ids::run_id(id)));
             let (token_id, tenant_id) = (caller.token_id, caller.tenant.id);
             tracing::warn!(%token_id, %tenant_id, run_id, code, reason = message, "a worker's request was refused");
         }

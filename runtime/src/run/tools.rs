@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::state::{Call, Target};
 use super::texts;
+use crate::ids::run_id;
 use crate::spec::WebhookTool;
 use crate::webhook::{WebhookCall, WebhookClient, WebhookError};
 
@@ -106,7 +107,7 @@ impl Tools {
             secrets: &self.secrets,
         };
         self.client.call(call).await.map_err(|error| {
-            tracing::debug!(run = %self.run_id, turn, index = position, %error, "a webhook call failed");
+            tracing::debug!(run = %run_id(self.run_id), turn, index = position, %error, "a webhook call failed");
             match error {
                 WebhookError::TimedOut => texts::timed_out(&tool.name, tool.timeout_ms),
                 _ => texts::TOOL_FAILED.to_owned(),

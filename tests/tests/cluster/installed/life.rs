@@ -68,11 +68,11 @@ async fn an_enterprise_tenant_is_served_by_its_own_pods_and_leaves_nothing() {
 
     // The pod in its namespace has it, and says so; nobody else's does.
     let run = succeed(&acme.client, &own, "Who serves life-acme?").await;
-    let id = uuid(run["id"].as_str().unwrap()).to_string();
+    let id = run["id"].as_str().unwrap();
     assert_eq!((&run["output"], &run["worker"]), (&json!("Served."), &json!(worker.pod)));
     let logs = async |worker: &Worker| cluster.kubectl(&["logs", "--namespace", &worker.namespace, &worker.pod]).await;
-    assert!(logs(&worker).await.contains(&id), "its worker's log: {}", logs(&worker).await);
-    assert!(!logs(&neighbour).await.contains(&id));
+    assert!(logs(&worker).await.contains(id), "its worker's log: {}", logs(&worker).await);
+    assert!(!logs(&neighbour).await.contains(id));
 
     // What the provider counted is what is charged, and shows on the object.
     succeed(&acme.client, &own, "Does life-acme use much?").await;
