@@ -113,6 +113,13 @@ pub struct State {
     pub usage: Usage,
     /// Its runs.
     pub runs: Runs,
+    /// Whether it is to have a namespace with workers of its own, as its plan says. Absent: the plan enterprise is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub is_dedicated: Option<bool>,
+    /// The generation of the object that was last taken over: an older one than the object's, as after a restore from a
+    /// backup, is to be told again. Absent: it is not told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<i64>,
     /// The last rotation of its workers' token that works; 0: none does, as after a restore from a backup. Absent: it is
     /// not told.
     #[serde(default, skip_serializing_if = "Option::is_none")]

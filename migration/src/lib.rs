@@ -4,7 +4,8 @@
 
 use sea_orm_migration::prelude::*;
 pub use sea_orm_migration::prelude::{DbErr, MigratorTrait};
-use sea_orm_migration::sea_orm::DbBackend;
+use sea_orm_migration::sea_orm::{ColumnTrait, ConnectionTrait, DbBackend, EntityTrait, QueryFilter};
+use sea_orm_migration::seaql_migrations;
 
 mod m20261124_000001_foundation;
 mod m20261125_000002_distributed;
@@ -22,6 +23,17 @@ impl MigratorTrait for Migrator {
             Box::new(m20261125_000002_distributed::Migration),
             Box::new(m20261126_000003_cluster::Migration),
         ]
+    }
+
+    /// Those that ran, as far as this release knows them. One of a later release, under which this one goes on during an
+    /// upgrade and after its rollback, is none of its business: migrations expand first, and contract a release later.
+    async fn get_migration_models<C>(db: &C) -> Result<Vec<seaql_migrations::Model>, DbErr>
+    where
+        C: ConnectionTrait,
+    {
+        Self::install(db).await?;
+        let known: Vec<String> = Self::migrations().iter().map(|migration| migration.name().to_owned()).collect();
+        seaql_migrations::Entity::find().filter(seaql_migrations::Column::Version.is_in(known)).all(db).await
     }
 }
 

@@ -18,6 +18,19 @@ pub enum Error {
         /// What the Kubernetes API says.
         source: Box<kube::Error>,
     },
+    /// Something in the cluster changes what is written as it is written.
+    #[error(
+        "{kind} {name}: a mutating policy or webhook of the cluster makes it another one than was written ({difference}). \
+         Exempt tenants' namespaces from it."
+    )]
+    Contested {
+        /// The object's kind.
+        kind: &'static str,
+        /// The object's name, with its namespace.
+        name: String,
+        /// What was made of it.
+        difference: &'static str,
+    },
     /// The api did not do what it has to do first.
     #[error(transparent)]
     Api(#[from] ApiError),
@@ -38,6 +51,7 @@ impl Error {
                 kube::Error::Api(_) => "KubernetesApiError".to_owned(),
                 _ => "KubernetesApiUnreachable".to_owned(),
             },
+            Error::Contested { .. } => "Contested".to_owned(),
             Error::Api(error) => error.reason().to_owned(),
             Error::Spec(_) => "InvalidSpec".to_owned(),
             Error::Broken(_) => "InternalError".to_owned(),

@@ -40,6 +40,8 @@ pub struct Entry {
     pub rotated: Option<Instant>,
     /// The last rotation that works, as the api told.
     pub working_rotation: Option<i64>,
+    /// Kinds that the cluster makes something else of as they are written, and when that was last seen.
+    pub contested: HashMap<&'static str, Instant>,
     /// Looks that failed, one after the other.
     pub failures: u32,
 }
@@ -115,6 +117,8 @@ mod tests {
             suspended: None,
             usage: Usage { period: "2026-11".to_owned(), tokens: 0, limit: 10 },
             runs: Runs::default(),
+            is_dedicated: None,
+            generation: None,
             rotation,
         }
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crds::Tenant;
-use crds::protocol::{Provisioning, Registration, Report};
+use crds::protocol::{Provisioning, Registration, Report, State};
 use crds::status::{ConditionStatus, TenantStatus};
 use crds::tenant::FINALIZER;
 use kube::ResourceExt;
@@ -121,7 +121,13 @@ async fn dereference(tenant: &Tenant, operator: &Operator) -> Facts {
     let trouble = register(tenant, operator).await.err();
     let state = operator.memory.with(&tenant.name_any(), |entry| entry.state.clone());
     let is_registered = tenant.status.as_ref().is_some_and(|status| status.tenant_id.is_some());
+    let is_away = trouble.as_ref().is_some_and(ApiError::is_away);
+    let generation = tenant.metadata.generation;
     let standing = match state {
+        // An api that knows an older spec, and can't be told of this one now, decides nothing: it may have been restored.
+        Some(state) if is_away && is_registered && state.generation.is_some() && state.generation != generation => {
+            Standing::Remembered
+        }
         // Told by name; that it is this object's only a registration tells.
         Some(state) if trouble.is_none() || is_registered => Standing::Held(state),
         _ if is_registered => Standing::Remembered,
@@ -141,7 +147,8 @@ async fn register(tenant: &Tenant, operator: &Operator) -> Result<(), ApiError> 
             let registered = status.condition("Registered");
             registered.is_some_and(|it| it.status == ConditionStatus::True && it.observed_generation == generation)
         });
-        entry.state.is_some() && (entry.acknowledged == Some(generation) || told_before)
+        let holds_it = |state: &State| state.generation.is_none_or(|held| held == generation);
+        entry.state.as_ref().is_some_and(holds_it) && (entry.acknowledged == Some(generation) || told_before)
     });
     if is_known {
         return Ok(());

@@ -1,7 +1,7 @@
 //! `cloister-operator release`: lets every Tenant go before the operator is uninstalled. Namespaces stay, for whoever
 //! uninstalls to delete or to keep.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crds::Tenant;
 use crds::tenant::FINALIZER;
@@ -22,6 +22,8 @@ const HOLDER: &str = "cloister-operator-release";
 const HELD: i32 = 120;
 /// How long a leader has to see that it leads no more.
 const NOTICE: Duration = Duration::from_secs(3);
+/// How long Tenants that are being deleted are waited for.
+const ENDS: Duration = Duration::from_secs(120);
 const ATTEMPTS: usize = 5;
 
 /// Takes the Lease and removes the finalizer of every Tenant.
@@ -29,6 +31,7 @@ const ATTEMPTS: usize = 5;
 /// # Errors
 /// The Kubernetes API did not let it; the message says what.
 pub async fn release(client: &Client, settings: &Settings) -> Result<(), String> {
+    wait_for_ends(client).await;
     for attempt in 1.. {
         match let_go(client, settings).await {
             Ok(true) => break,
@@ -39,6 +42,30 @@ pub async fn release(client: &Client, settings: &Settings) -> Result<(), String>
         }
     }
     Ok(())
+}
+
+/// Gives the operator time for Tenants that are being deleted: without it their namespaces stay, and the api is not told
+/// what becomes of their data.
+async fn wait_for_ends(client: &Client) {
+    let tenants: Api<Tenant> = Api::all(client.clone());
+    let end = Instant::now() + ENDS;
+    loop {
+        let Ok(list) = tenants.list(&ListParams::default()).await else { return };
+        let is_ending = |tenant: &&Tenant| tenant.metadata.deletion_timestamp.is_some();
+        let ending: Vec<_> = list.items.iter().filter(is_ending).map(|tenant| tenant.name_any()).collect();
+        if ending.is_empty() {
+            return;
+        }
+        if Instant::now() >= end {
+            tracing::warn!(
+                tenants = ending.join(", "),
+                "Tenants are still being deleted; they are let go of, their namespaces and data stay"
+            );
+            return;
+        }
+        tracing::info!(tenants = ending.join(", "), "waiting for Tenants that are being deleted");
+        tokio::time::sleep(NOTICE).await;
+    }
 }
 
 /// One attempt; whether no operator led while the finalizers were removed, so that none is back.

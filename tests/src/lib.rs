@@ -9,6 +9,7 @@ pub mod app;
 pub mod client;
 pub mod cluster;
 pub mod gate;
+pub mod ids;
 pub mod key;
 pub mod model_server;
 pub mod node;

@@ -2,7 +2,7 @@
 
 use crds::protocol::Registration;
 use entity::object_writes::Wish;
-use entity::tenants::{self, Status};
+use entity::tenants::{self, Isolation, Status};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, IntoActiveModel};
 use uuid::Uuid;
@@ -11,7 +11,7 @@ use super::asked::{is_here, note_written};
 use super::objects::{Problem, SpecChange, Written, stated_tenant, states_suspension};
 use super::owed::object_name;
 use super::places::{Place, ruler};
-use super::{PLAN_WITH_OBJECT, report, tokens};
+use super::{report, tokens};
 use crate::app::App;
 use crate::error::{Error, Refusal};
 use crate::ids;
@@ -74,7 +74,7 @@ async fn make(app: &App, tenant: &tenants::Model) -> Result<(), Failure> {
             return Err(Problem::Refused(format!("the Tenant {} is there, and not this tenant's", place.name)).into());
         }
         // It needs none any more.
-        None if tenant.plan != PLAN_WITH_OBJECT => return Ok(()),
+        None if tenant.isolation != Isolation::Dedicated => return Ok(()),
         _ => {}
     }
     let said = saying(tenant);

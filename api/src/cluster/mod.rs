@@ -31,9 +31,6 @@ use self::credential::Reviews;
 use crate::config::ClusterConfig;
 use crate::error::Error;
 
-/// The plan whose tenants have an object of their own wherever the api writes objects.
-pub const PLAN_WITH_OBJECT: &str = "enterprise";
-
 /// The cluster that the api itself is in, and what it remembers of all.
 pub struct Cluster {
     client: Option<Client>,

@@ -229,7 +229,10 @@ pub async fn insert(
 async fn adopt(tx: &DatabaseTransaction, id: Uuid, report: &Report) -> Result<Uuid, Refused> {
     let tenant = tenants::Entity::in_tenant(id).lock_exclusive().one(tx).await?;
     let tenant = tenant.filter(|tenant| tenant.status != Status::Deleting).ok_or_else(|| {
-        Refused::invalid("spec.tenantId: there is no such tenant. Leave it out, and a new tenant is made.")
+        Refused::invalid(
+            "spec.tenantId: there is no such tenant. Leave it out, and a new tenant is made; a Tenant that was registered \
+             before has to be deleted and made anew for that.",
+        )
     })?;
     check_email(&tenant, &report.tenant)?;
     if let Some(ruler) = places::ruler(tx, id).await? {

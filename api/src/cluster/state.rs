@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use crds::protocol::{Runs, State, Suspension, Usage};
 use entity::quota_counters::Scope;
 use entity::runs::Status;
+use entity::tenants::Isolation;
 use entity::{TenantOwned, cluster_tenants, quota_counters, runs, runtime_tokens, tenants};
 use sea_orm::{ColumnTrait, Condition, QueryFilter, QuerySelect};
 use uuid::Uuid;
@@ -46,6 +47,8 @@ pub async fn of_all(app: &App, rows: Vec<cluster_tenants::Model>) -> Result<Vec<
             let state = State {
                 tenant_id: ids::encode(ids::Tenant, tenant.id).to_string(),
                 plan: tenant.plan.clone(),
+                is_dedicated: Some(tenant.isolation == Isolation::Dedicated),
+                generation: Some(row.generation),
                 suspended: suspension(tenant),
                 usage,
                 runs: runs.get(&tenant.id).copied().unwrap_or_default(),

@@ -2,6 +2,7 @@
 //! each action returns what of it did not get to the object.
 
 use entity::object_writes::Wish;
+use entity::tenants::Isolation;
 use entity::{TenantOwned, tenants};
 use uuid::Uuid;
 
@@ -9,7 +10,7 @@ use super::edit::{Edit, SuspendedBy};
 use super::{NewTenant, TenantChange};
 use crate::app::App;
 use crate::cluster::objects::SpecChange;
-use crate::cluster::{PLAN_WITH_OBJECT, asked, owed};
+use crate::cluster::{asked, owed};
 use crate::error::{Error, Outcome, UserError, UserErrorCode};
 use crate::input::PatchExt;
 
@@ -20,7 +21,7 @@ pub type Done<T> = Outcome<(T, Vec<UserError>)>;
 pub async fn create(app: &App, new: NewTenant) -> Done<tenants::Model> {
     let tx = app.db.begin().await?;
     let tenant = super::insert(app, &tx, new).await?;
-    if tenant.plan == PLAN_WITH_OBJECT {
+    if tenant.isolation == Isolation::Dedicated {
         owed::owe(app, &tx, tenant.id, Wish::Make).await?;
     }
     tx.commit().await?;
@@ -54,7 +55,7 @@ pub async fn set_plan(app: &App, id: Uuid, plan: &str) -> Done<tenants::Model> {
     let mut edit = Edit::begin(app, id).await?;
     asked::note(&edit, said.as_ref()).await?;
     edit.set_plan(&plan);
-    if said.is_none() && plan.name == PLAN_WITH_OBJECT {
+    if said.is_none() && plan.isolation == Isolation::Dedicated {
         owed::owe(app, edit.tx(), id, Wish::Make).await?;
     }
     let tenant = edit.commit(app).await?;

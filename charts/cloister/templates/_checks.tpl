@@ -46,6 +46,12 @@ that lint, template, install and upgrade all check.
 {{- fail "runtime.apiCidrs is empty, but api.enabled is false: say which addresses operator.api.url has, for the tenants' network policies" -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.api.enabled (or .Values.runtime.apiCidrs .Values.operator.api.existingSecret) -}}
+{{- fail "runtime.apiCidrs and operator.api.existingSecret are for an api elsewhere, but the release has one of its own: set api.enabled to false, or remove them" -}}
+{{- end -}}
+{{- if and .Values.metrics.serviceMonitor.enabled .Values.operator.enabled .Values.networkPolicy.enabled (not .Values.networkPolicy.operator.metricsFrom) -}}
+{{- fail "metrics.serviceMonitor.enabled needs networkPolicy.operator.metricsFrom: say which pods may scrape the operator" -}}
+{{- end -}}
 {{- if and .Values.api.enabled .Values.operator.api.url -}}
 {{- fail "operator.api.url is set, but the release has an api of its own: set api.enabled to false, or remove operator.api.url" -}}
 {{- end -}}

@@ -100,11 +100,12 @@ fn denied<'a>(settings: &'a Settings, addresses: &'a Addresses) -> impl Iterator
 
 /// Those of `nets` that lie within `cidr`, none within another, in order; none if one of them holds all of `cidr`.
 fn except(cidr: IpNet, nets: impl Iterator<Item = IpNet>) -> Option<Vec<IpNet>> {
-    let nets: Vec<IpNet> = nets.map(|net| net.trunc()).collect();
+    // Neighbours are one net, which may hold what none of them does.
+    let nets = IpNet::aggregate(&nets.map(|net| net.trunc()).collect());
     if nets.iter().any(|net| net.contains(&cidr)) {
         return None;
     }
-    Some(IpNet::aggregate(&nets).into_iter().filter(|net| cidr.contains(net)).collect())
+    Some(nets.into_iter().filter(|net| cidr.contains(net)).collect())
 }
 
 /// The one policy of a tenant's namespace.
@@ -255,6 +256,25 @@ mod tests {
         assert!(reaches(&policy, "198.51.100.20", 8443) && reaches(&policy, "198.51.100.20", 5432));
         assert!(!reaches(&policy, "198.51.100.7", 8443), "the Kubernetes API");
         assert!(!reaches(&policy, "198.51.100.200", 8443) && !reaches(&policy, "198.51.100.200", 443), "denied");
+    }
+
+    #[test]
+    fn neighbours_that_are_denied_are_denied_together() {
+        let net = |net: &str| net.parse::<IpNet>().unwrap();
+        let api_server = ["198.51.100.4/32", "198.51.100.5/32", "198.51.100.6/32", "198.51.100.7/32"].map(net).to_vec();
+        let addresses = Addresses { api_server };
+        let denies_all = Settings { denied_cidrs: vec![net("0.0.0.0/1"), net("128.0.0.0/1")], ..Settings::sample() };
+        for (cidr, settings, is_open) in [
+            ("198.51.100.6/31", Settings::sample(), false),
+            ("198.51.100.4/30", Settings::sample(), false),
+            ("198.51.100.0/29", Settings::sample(), true),
+            ("203.0.113.0/24", denies_all.clone(), false),
+        ] {
+            let opening = open(net(cidr), &[443], &settings, &addresses);
+            assert_eq!(opening.is_some(), is_open, "{cidr}");
+            assert!(opening.is_none_or(|opening| opening.except == [net("198.51.100.4/30")]), "{cidr}");
+        }
+        assert!(!reaches(&policy(json!({}), &denies_all), "203.0.113.9", 443));
     }
 
     #[test]

@@ -154,7 +154,10 @@ pub fn chart(tenant: &Tenant, facts: &Facts, now: DateTime<Utc>, drain: Duration
     let (is_dedicated, running) = match &facts.standing {
         Standing::Unregistered => return Course::Unregistered,
         Standing::Remembered => (status.is_some_and(|status| status.isolation == Some(Isolation::Namespace)), None),
-        Standing::Held(state) => (state.plan == Plan::Enterprise.as_str(), Some(state.runs.running_dedicated)),
+        Standing::Held(state) => {
+            let is_dedicated = state.is_dedicated.unwrap_or(state.plan == Plan::Enterprise.as_str());
+            (is_dedicated, Some(state.runs.running_dedicated))
+        }
     };
     if is_dedicated {
         return Course::Dedicated;
@@ -185,6 +188,8 @@ mod tests {
             suspended: None,
             usage: Usage { period: "2026-11".to_owned(), tokens: 0, limit: 10 },
             runs: Runs { running_dedicated, ..Runs::default() },
+            is_dedicated: None,
+            generation: None,
             rotation: None,
         })
     }

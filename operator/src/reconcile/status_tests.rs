@@ -21,6 +21,8 @@ fn state(plan: &str, tokens: i64) -> State {
         suspended: None,
         usage: Usage { period: "2026-11".to_owned(), tokens, limit: 10_000 },
         runs: Runs::default(),
+        is_dedicated: None,
+        generation: None,
         rotation: None,
     }
 }

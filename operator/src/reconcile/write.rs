@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crds::Tenant;
 use crds::status::TenantStatus;
-use crds::tenant::FINALIZER;
+use crds::tenant::{FINALIZER, TENANT_LABEL};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{LimitRange, Namespace, ResourceQuota, Secret, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
@@ -33,6 +33,9 @@ const PATIENCE: Duration = Duration::from_secs(15);
 pub trait Written: Resource<DynamicType = ()> + HasKind + Clone + Debug + Serialize + DeserializeOwned {}
 
 impl<K: Resource<DynamicType = ()> + HasKind + Clone + Debug + Serialize + DeserializeOwned> Written for K {}
+
+/// What the cluster makes something else of is written again after this long.
+const CONTESTED_AGAIN: Duration = Duration::from_secs(60);
 
 /// A kind of object in a tenant's namespace.
 pub trait Child: Resource<Scope = NamespaceResourceScope> + Written + Send + Sync + 'static {
@@ -75,6 +78,19 @@ pub async fn settle<K: Child>(operator: &Operator, mirror: &Mirror<K>, wanted: &
             return Ok(live.clone());
         }
     }
+    let tenant = wanted.labels().get(TENANT_LABEL).cloned().unwrap_or_default();
+    if let Some(live) = &live
+        && let Some(difference) = difference(live.as_ref(), wanted)
+    {
+        // Its own writes' events must not have it write for ever.
+        let is_contested = operator.memory.with(&tenant, |entry| {
+            entry.contested.retain(|_, seen| seen.elapsed() < CONTESTED_AGAIN);
+            entry.contested.contains_key(K::KIND)
+        });
+        if is_contested {
+            return Err(Error::Contested { kind: K::KIND, name: format!("{namespace}/{name}"), difference });
+        }
+    }
     let api: Api<K> = Api::namespaced(operator.client.clone(), &namespace);
     let mut written = match &live {
         Some(live) if is_shared(live.meta()) => replace(&api, live.as_ref(), wanted).await?,
@@ -84,11 +100,19 @@ pub async fn settle<K: Child>(operator: &Operator, mirror: &Mirror<K>, wanted: &
     if !is_settled(&written, wanted) {
         written = replace(&api, &written, wanted).await?;
     }
+    let difference = difference(&written, wanted);
     mirror.wrote(written.clone());
-    Ok(Arc::new(written))
+    let Some(difference) = difference else { return Ok(Arc::new(written)) };
+    operator.memory.with(&tenant, |entry| entry.contested.insert(K::KIND, Instant::now()));
+    Err(Error::Contested { kind: K::KIND, name: format!("{namespace}/{name}"), difference })
 }
 
 fn is_settled<K: Child>(live: &K, wanted: &K) -> bool {
+    difference(live, wanted).is_none()
+}
+
+/// In which part an object is not as wanted, if it isn't.
+fn difference<K: Child>(live: &K, wanted: &K) -> Option<&'static str> {
     let (live_meta, wanted_meta) = (live.meta(), wanted.meta());
     let own = |annotations: &Option<BTreeMap<String, String>>| -> BTreeMap<String, String> {
         let annotations = annotations.iter().flatten();
@@ -97,11 +121,14 @@ fn is_settled<K: Child>(live: &K, wanted: &K) -> bool {
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect()
     };
-    live_meta.labels == wanted_meta.labels
-        && own(&live_meta.annotations) == own(&wanted_meta.annotations)
-        && live_meta.owner_references.as_ref().is_none_or(Vec::is_empty)
-        && live_meta.finalizers.as_ref().is_none_or(Vec::is_empty)
-        && live.is_as(wanted)
+    let parts = [
+        ("metadata.labels", live_meta.labels == wanted_meta.labels),
+        ("metadata.annotations", own(&live_meta.annotations) == own(&wanted_meta.annotations)),
+        ("metadata.ownerReferences", live_meta.owner_references.as_ref().is_none_or(Vec::is_empty)),
+        ("metadata.finalizers", live_meta.finalizers.as_ref().is_none_or(Vec::is_empty)),
+        ("spec", live.is_as(wanted)),
+    ];
+    parts.into_iter().find_map(|(part, is_as_wanted)| (!is_as_wanted).then_some(part))
 }
 
 /// Whether others than this operator, and the writers of status and scale, own fields.

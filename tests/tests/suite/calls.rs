@@ -4,28 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
+pub use cloister_tests::ids::{type_id, uuid_of};
 use cloister_tests::{Client, GraphqlResponse, PATIENCE, Tenant, TestApp};
 use sea_orm::{ConnectionTrait, DatabaseConnection, DbBackend, Statement};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use uuid::Uuid;
-
-/// The alphabet of a TypeID, Crockford's base32 in lower case.
-const BASE32: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";
-
-/// The TypeID of a UUID, made by the rule in its specification and not by the server's code.
-pub fn type_id(prefix: &str, id: Uuid) -> String {
-    let bits = id.as_u128();
-    let digits = (0..26).map(|place| char::from(BASE32[(bits >> (5 * (25 - place)) & 31) as usize]));
-    format!("{prefix}_{}", digits.collect::<String>())
-}
-
-/// The UUID in a TypeID.
-pub fn uuid_of(type_id: &str) -> Uuid {
-    let (_, digits) = type_id.rsplit_once('_').expect("a TypeID");
-    let digit = |byte: u8| BASE32.iter().position(|known| *known == byte).expect("base32") as u128;
-    Uuid::from_u128(digits.bytes().fold(0, |bits, byte| bits << 5 | digit(byte)))
-}
 
 /// An id of this kind that nobody has.
 pub fn missing(prefix: &str) -> String {

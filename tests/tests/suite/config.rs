@@ -8,6 +8,7 @@ use std::time::Duration;
 use cloister_tests::app::TestAppBuilder;
 use cloister_tests::postgres::PostgresDatabase;
 use cloister_tests::{Client, PATIENCE, TestApp};
+use sea_orm::ConnectionTrait;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -230,7 +231,8 @@ async fn a_start_that_fails_does_not_use_up_the_admin_key() {
     let mut command = app.command(&["serve"]);
     command.env_remove("CLOISTER_ADMIN__KEY");
     let served = Served::start(command).await;
-    assert!(served.stderr().contains("shown this once: clo_"), "{:?}", served.stderr());
+    let is_shown = |printed: &String| printed.contains("shown this once: clo_");
+    eventually("the key is shown", async || served.stderr(), is_shown).await;
     served.end().await;
 }
 
@@ -259,6 +261,22 @@ async fn a_schema_that_is_behind_is_refused_with_the_remedy() {
         let served = Served::start(command(&["serve"])).await;
         assert_eq!(Client::anonymous(&served.url()).rest_get("/healthz").await.status, 200);
         served.end().await;
+    }
+}
+
+/// During an upgrade the replicas of before go on with the schema of the release that comes, and after its rollback.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_of_a_later_release_is_served() {
+    for builder in [TestApp::builder(), TestApp::builder().postgres()] {
+        let mut app = builder.start().await;
+        let later = "INSERT INTO seaql_migrations (version, applied_at) VALUES ('m20991231_000001_later', 0)";
+        app.database().await.execute_unprepared(later).await.unwrap();
+        assert_eq!(app.anonymous().rest_get("/readyz").await.status, 200);
+        app.terminate().await;
+        let migrated = output(app.command(&["migrate"]), "a later release's").await;
+        assert!(migrated.status.success(), "{migrated:?}");
+        app.restart().await;
+        assert_eq!(app.anonymous().rest_get("/readyz").await.status, 200);
     }
 }
 

@@ -32,7 +32,7 @@
   "API_CIDRS" (join "," .Values.runtime.apiCidrs) "API_PORT" (include "cloister.apiUrlPort" .)) -}}
 {{- end -}}
 {{- range $name, $value := $env }}
-{{- if $value }}
+{{- if ne (toString $value) "" }}
 - {name: CLOISTER_OPERATOR__{{ $name }}, value: {{ $value | toString | quote }}}
 {{- end }}
 {{- end }}

@@ -22,6 +22,9 @@ const CHANGED: fn() -> Value = || {
 enum Part {
     Creation,
     Change,
+    Suspension,
+    /// To a plan without a namespace.
+    PlanDown,
     End,
 }
 
@@ -38,17 +41,31 @@ impl Part {
         match self {
             Part::Creation => platform.tenant(name, BEGUN()).await,
             Part::Change => platform.tenant(name, CHANGED()).await,
+            Part::Suspension => platform.tenant(name, json!({"suspended": true, "runtime": {"replicas": 1}})).await,
+            Part::PlanDown => platform.tenant(name, json!({"plan": "pro"})).await,
             Part::End => platform.delete(&tenant_path(name)).await,
+        }
+    }
+
+    async fn ended(self, platform: &Platform, name: &str) {
+        match self {
+            Part::Creation | Part::Change => drop(platform.phase(name, "Ready").await),
+            Part::Suspension => drop(platform.phase(name, "Suspended").await),
+            Part::PlanDown => {
+                platform.gone(&namespace_path(name)).await;
+                platform.phase(name, "Ready").await;
+            }
+            Part::End => {
+                platform.gone(&tenant_path(name)).await;
+                platform.gone(&namespace_path(name)).await;
+            }
         }
     }
 
     /// Waits for the part's end, and tells how things are then.
     async fn outcome(self, platform: &Platform, name: &str) -> Value {
-        if self == Part::End {
-            platform.gone(&tenant_path(name)).await;
-            platform.gone(&namespace_path(name)).await;
-        } else {
-            platform.phase(name, "Ready").await;
+        self.ended(platform, name).await;
+        if self != Part::End {
             settled(platform, name).await;
         }
         let tenant = platform.get(&tenant_path(name)).await.unwrap_or_default();
@@ -98,10 +115,7 @@ async fn undisturbed(platform: &Platform, part: Part) -> (Vec<String>, Value) {
     let watched = platform.gate.watch(&name, None);
     part.begin(platform, &name).await;
     // The writes are those up to the settled state; looks for quiet count anew.
-    match part {
-        Part::End => platform.gone(&tenant_path(&name)).await,
-        _ => drop(platform.phase(&name, "Ready").await),
-    }
+    part.ended(platform, &name).await;
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     let writes = watched.seen();
     let outcome = part.outcome(platform, &name).await;
@@ -116,7 +130,7 @@ async fn each_write_fails(part: Part) {
     let platform = platform().await;
     let _shared = platform.undisturbed().await;
     let (writes, expected) = undisturbed(platform, part).await;
-    assert!(writes.len() >= 3, "{writes:?}");
+    assert!(writes.len() >= 2, "{writes:?}");
     let faults = (0..writes.len()).flat_map(|at| [(at, Fault::Refused), (at, Fault::Lost)]);
     let one = async |at: usize, fault: Fault| {
         let name = name("fault");
@@ -166,6 +180,16 @@ async fn a_creation_survives_the_failure_of_each_write() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_survives_the_failure_of_each_write() {
     each_write_fails(Part::Change).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_suspension_survives_the_failure_of_each_write() {
+    each_write_fails(Part::Suspension).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_that_goes_down_survives_the_failure_of_each_write() {
+    each_write_fails(Part::PlanDown).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

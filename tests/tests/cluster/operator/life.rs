@@ -5,7 +5,11 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use cloister_tests::ids::uuid_of;
 use cloister_tests::{Reply, Worker};
+use entity::{TenantOwned, cluster_tenants, tenants};
+use sea_orm::ActiveValue::Set;
+use sea_orm::{ActiveModelTrait, DatabaseConnection, IntoActiveModel};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -285,7 +289,7 @@ async fn a_definition_that_is_deleted_first_takes_its_tenants_in_good_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_payment_that_fails_holds_whatever_the_object_says() {
+async fn an_admins_suspension_holds_whatever_the_object_says() {
     let platform = platform().await;
     let _shared = platform.undisturbed().await;
     let name = name("admin");
@@ -300,6 +304,109 @@ async fn a_payment_that_fails_holds_whatever_the_object_says() {
     let resumed = mutate(&platform.app, "resumeTenant", json!({"tenantId": tenant.id})).await;
     assert_eq!(resumed["tenant"]["status"], "ACTIVE", "{resumed}");
     platform.phase(&name, "Ready").await;
+    platform.end(&name).await;
+}
+
+/// What the api knows of a tenant is set back, as by a restore from a backup.
+async fn set_back(platform: &Platform, id: &str, change: impl FnOnce(&mut tenants::ActiveModel)) {
+    let db = platform.app.database().await;
+    set(&db, id, change).await;
+    let row = cluster_tenants::Entity::in_tenant(uuid_of(id)).one(&db).await.unwrap().unwrap();
+    let mut row = row.into_active_model();
+    (row.generation, row.registration) = (Set(0), Set(None));
+    row.update(&db).await.unwrap();
+}
+
+/// Changes a tenant's row, as something else than the tests' calls would.
+async fn set(db: &DatabaseConnection, id: &str, change: impl FnOnce(&mut tenants::ActiveModel)) {
+    let mut row = tenants::ActiveModel { id: Set(uuid_of(id)), ..Default::default() };
+    change(&mut row);
+    row.update(db).await.unwrap();
+}
+
+/// Another plan, as billing moves a tenant to it.
+fn pro(row: &mut tenants::ActiveModel) {
+    (row.plan, row.isolation) = (Set("pro".to_owned()), Set(tenants::Isolation::Shared));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_api_that_was_set_back_is_told_the_spec_again_and_takes_nothing_from_the_tenant() {
+    let platform = platform().await;
+    let _alone = platform.alone().await;
+    let (name, other) = (name("setback"), name("limit"));
+    platform.ready(&name, json!({})).await;
+    platform.ready(&other, json!({"plan": "free", "monthlyTokenLimit": 7_000})).await;
+    let (tenant, limited) = (platform.client(&name).await, platform.client(&other).await);
+    let namespace = platform.get(&namespace_path(&name)).await.unwrap()["metadata"]["uid"].clone();
+    // The registration that the api noted went with it, and so would the plan.
+    set_back(platform, &tenant.id, pro).await;
+    set_back(platform, &limited.id, |row| row.monthly_token_limit = Set(Some(5))).await;
+    let plan = async || seen(platform, &tenant.id).await["plan"]["name"].clone();
+    until("the plan is told again", plan, |plan| plan == "ENTERPRISE").await;
+    let query = "query ($id: ID!) { tenantById(id: $id) { monthlyTokenLimit } }";
+    let limit = async || {
+        platform.app.admin().data(query, json!({"id": limited.id})).await["tenantById"]["monthlyTokenLimit"].clone()
+    };
+    until("the limit is told again", limit, |limit| *limit == json!(7_000) || *limit == json!("7000")).await;
+    platform.phase(&name, "Ready").await;
+    assert_eq!(platform.get(&namespace_path(&name)).await.unwrap()["metadata"]["uid"], namespace);
+    for name in [&name, &other] {
+        platform.end(name).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn billing_suspends_and_moves_plans_and_the_object_shows_it() {
+    let platform = platform().await;
+    let _shared = platform.undisturbed().await;
+    let name = name("billing");
+    platform.ready(&name, json!({})).await;
+    let tenant = platform.client(&name).await;
+    let db = platform.app.database().await;
+    set(&db, &tenant.id, |row| row.suspended_by_billing = Set(true)).await;
+    let suspended = platform.phase(&name, "Suspended").await;
+    assert_eq!(condition(&suspended, "Suspended"), ("True".to_owned(), "PaymentFailed".to_owned()));
+    until("no workers", async || replicas(platform, &name).await, |it| *it == 0).await;
+    set(&db, &tenant.id, |row| row.suspended_by_billing = Set(false)).await;
+    platform.phase(&name, "Ready").await;
+    // A plan that billing moved; the object holds the other one.
+    set(&db, &tenant.id, pro).await;
+    let moved = platform.until(&name, "told", |it| is(it, "BillingInSync", "False", "PlanDiffers")).await;
+    assert!(super::message(&moved, "BillingInSync").contains("pro"), "{moved}");
+    platform.gone(&namespace_path(&name)).await;
+    platform.end(&name).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_of_the_cluster_that_changes_what_is_written_is_told_of_and_not_fought() {
+    let platform = platform().await;
+    let _shared = platform.undisturbed().await;
+    let name = name("contested");
+    let policy = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingAdmissionPolicy",
+        "metadata": {"name": name}, "spec": {
+            "failurePolicy": "Fail", "reinvocationPolicy": "Never",
+            "matchConstraints": {"resourceRules": [{"apiGroups": ["policy"], "apiVersions": ["v1"],
+                "resources": ["poddisruptionbudgets"], "operations": ["CREATE", "UPDATE"]}],
+                "namespaceSelector": {"matchLabels": {"cloister.dev/tenant": name}}},
+            "mutations": [{"patchType": "ApplyConfiguration", "applyConfiguration": {"expression":
+                "Object{metadata: Object.metadata{labels: {\"cost-centre\": \"42\"}}}"}}]}});
+    let binding = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingAdmissionPolicyBinding",
+        "metadata": {"name": name}, "spec": {"policyName": name}});
+    let group = "/apis/admissionregistration.k8s.io/v1";
+    platform.create(&format!("{group}/mutatingadmissionpolicies"), policy).await.unwrap();
+    platform.create(&format!("{group}/mutatingadmissionpolicybindings"), binding).await.unwrap();
+    // It holds once the API server has heard of it.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    platform.tenant(&name, json!({})).await;
+    let told = platform.until(&name, "told", |it| is(it, "RuntimeAvailable", "False", "Contested")).await;
+    let said = super::message(&told, "RuntimeAvailable");
+    assert!(said.contains("PodDisruptionBudget") && said.contains("metadata.labels"), "{said}");
+    let watched = platform.gate.watch(&name, None);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert!(watched.seen().len() <= 2, "it is fought over: {:?}", watched.seen());
+    for kind in ["mutatingadmissionpolicybindings", "mutatingadmissionpolicies"] {
+        platform.delete(&format!("{group}/{kind}/{name}")).await;
+    }
     platform.end(&name).await;
 }
 
