@@ -113,7 +113,7 @@ impl App {
     /// if it was made just now.
     pub async fn new(config: Config, db: Db) -> Result<(Self, Option<String>), Error> {
         let vault = Vault::new(&config.secrets).map_err(Error::internal)?;
-        let policy = AddressPolicy { allowed_hosts: config.webhooks.allowed_hosts.clone() };
+        let policy = AddressPolicy { allowed_hosts: config.webhooks.allowed_hosts.clone(), ..Default::default() };
         let webhooks = WebhookClient::new(policy).map_err(Error::internal)?;
         let cluster = Cluster::new(&config.cluster).await?;
         let clock = Clock::default();

@@ -47,7 +47,8 @@ async fn run() -> Result<(), String> {
     let settings = Settings::from_env(std::env::vars().collect())?;
     log(&settings)?;
     let api = Arc::new(Api::new(&settings.api_url, Token::read(&settings.token_file).await?)?);
-    let policy = AddressPolicy { allowed_hosts: settings.allowed_hosts.clone() };
+    let (allowed_hosts, allowed_nets) = (settings.allowed_hosts.clone(), settings.allowed_nets.clone());
+    let policy = AddressPolicy { allowed_hosts, allowed_nets };
     let webhooks = WebhookClient::new(policy).map_err(|error| format!("no HTTP client: {error}"))?;
     let stopping = CancellationToken::new();
     let name = settings.name.clone().or_else(host_name);

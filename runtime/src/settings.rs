@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use cloister_runtime::protocol::{MAX_WORKER_NAME, is_worker_name};
+use cloister_runtime::webhook::AllowedNet;
 use config::Environment;
 use serde::Deserialize;
 use url::Url;
@@ -29,6 +30,9 @@ pub struct Settings {
     /// Hosts (`host` or `host:port`) of webhooks that may have private addresses.
     #[serde(default)]
     pub allowed_hosts: Vec<String>,
+    /// Networks of webhooks that may be private, each with the port that is reached there (`10.1.0.0/16:8443`).
+    #[serde(default)]
+    pub allowed_nets: Vec<AllowedNet>,
     /// Seconds that SIGTERM waits for turns in progress.
     #[serde(default = "defaults::shutdown_seconds")]
     pub shutdown_seconds: u64,
@@ -82,6 +86,7 @@ impl Settings {
             .try_parsing(true)
             .list_separator(",")
             .with_list_parse_key("allowed_hosts")
+            .with_list_parse_key("allowed_nets")
             .source(Some(env));
         let settings: Settings = config::Config::builder()
             .add_source(variables)
@@ -137,6 +142,7 @@ mod tests {
             ("CLOISTER_RUNTIME__CONCURRENCY", "7"),
             ("CLOISTER_RUNTIME__LISTEN", "127.0.0.1:0"),
             ("CLOISTER_RUNTIME__ALLOWED_HOSTS", "tools.internal,10.0.0.5:8443"),
+            ("CLOISTER_RUNTIME__ALLOWED_NETS", "10.1.0.0/16:8443,fd00::/8:443"),
             ("CLOISTER_RUNTIME__SHUTDOWN_SECONDS", "3"),
             ("CLOISTER_RUNTIME__LOG_FORMAT", "json"),
             ("CLOISTER_RUNTIME__LOG_FILTER", "debug"),
@@ -144,6 +150,8 @@ mod tests {
         let settings = settings.unwrap();
         assert_eq!((settings.concurrency, settings.shutdown_seconds), (7, 3));
         assert_eq!(settings.allowed_hosts, ["tools.internal", "10.0.0.5:8443"]);
+        let nets: Vec<_> = settings.allowed_nets.iter().map(|it| (it.net.to_string(), it.port)).collect();
+        assert_eq!(nets, [("10.1.0.0/16".to_owned(), 8443), ("fd00::/8".to_owned(), 443)]);
         assert_eq!((settings.log_format, settings.log_filter.as_str()), (LogFormat::Json, "debug"));
     }
 
@@ -154,6 +162,7 @@ mod tests {
             ("CLOISTER_RUNTIME__CONCURRENCY", "0", "CONCURRENCY"),
             ("CLOISTER_RUNTIME__CONCURRENCY", "many", "concurrency"),
             ("CLOISTER_RUNTIME__API_URL", "ftp://api", "API_URL"),
+            ("CLOISTER_RUNTIME__ALLOWED_NETS", "10.1.0.0/16", "a network and a port"),
             ("CLOISTER_RUNTIME__LISTEN", "here", "listen"),
         ] {
             let error = read(&[(name, value)]).unwrap_err();

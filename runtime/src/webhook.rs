@@ -2,14 +2,17 @@
 
 pub mod address;
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::Utc;
 use http::header::CONTENT_TYPE;
+use ipnet::IpNet;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::redirect;
+use serde::Deserialize;
 use standardwebhooks::{HEADER_WEBHOOK_ID, HEADER_WEBHOOK_SIGNATURE, HEADER_WEBHOOK_TIMESTAMP, Webhook};
 use url::{Host, Url};
 use uuid::Uuid;
@@ -30,6 +33,30 @@ const INSIDE_NAMES: [&str; 3] = ["localhost", "internal", "local"];
 pub struct AddressPolicy {
     /// Hosts that may be private, each as `host` (any port) or `host:port`; IPv6 addresses in brackets.
     pub allowed_hosts: Vec<String>,
+    /// Networks that may be private: whatever resolves into one of them is reached on its port.
+    pub allowed_nets: Vec<AllowedNet>,
+}
+
+/// A network and a port of it, as `10.1.0.0/16:8443`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct AllowedNet {
+    /// The network.
+    pub net: IpNet,
+    /// The port.
+    pub port: u16,
+}
+
+impl TryFrom<String> for AllowedNet {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let parse = || {
+            let (net, port) = text.rsplit_once(':')?;
+            Some(Self { net: net.parse().ok()?, port: port.parse().ok()? })
+        };
+        parse().ok_or_else(|| format!("{text:?} is not a network and a port, such as 10.1.0.0/16:8443"))
+    }
 }
 
 impl AddressPolicy {
@@ -42,6 +69,12 @@ impl AddressPolicy {
             allowed.eq_ignore_ascii_case(host)
                 || with_port.as_deref().is_some_and(|with_port| allowed.eq_ignore_ascii_case(with_port))
         })
+    }
+
+    /// The networks that are reached on the URL's port though they may be private.
+    fn nets(&self, url: &Url) -> Vec<IpNet> {
+        let port = url.port_or_known_default();
+        self.allowed_nets.iter().filter(|allowed| Some(allowed.port) == port).map(|allowed| allowed.net).collect()
     }
 }
 
@@ -74,6 +107,24 @@ pub enum UrlError {
 /// # Errors
 /// What is wrong with it; the message goes on from the name of the field.
 pub fn check_url(url: &str, policy: &AddressPolicy) -> Result<Url, UrlError> {
+    let url = check_form(url)?;
+    let nets = policy.nets(&url);
+    match url.host().ok_or(UrlError::NoHost)? {
+        _ if policy.allows(&url) => {}
+        Host::Ipv4(ip) => check_address(ip.into(), &nets)?,
+        Host::Ipv6(ip) => check_address(ip.into(), &nets)?,
+        // Where its addresses have to lie is checked once they are known.
+        Host::Domain(_) if !nets.is_empty() => {}
+        Host::Domain(name) => check_name(name)?,
+    }
+    Ok(url)
+}
+
+/// Checks a URL's form alone: all that can be said of a call that is made from a network of the tenant's own.
+///
+/// # Errors
+/// As [`check_url`], but for addresses.
+pub fn check_form(url: &str) -> Result<Url, UrlError> {
     let url = Url::parse(url).map_err(UrlError::Malformed)?;
     if !matches!(url.scheme(), "https" | "http") {
         return Err(UrlError::Scheme(url.scheme().to_owned()));
@@ -81,19 +132,14 @@ pub fn check_url(url: &str, policy: &AddressPolicy) -> Result<Url, UrlError> {
     if !url.username().is_empty() || url.password().is_some() {
         return Err(UrlError::Credentials);
     }
-    let host = url.host().ok_or(UrlError::NoHost)?;
-    if !policy.allows(&url) {
-        match host {
-            Host::Ipv4(ip) => check_address(ip.into())?,
-            Host::Ipv6(ip) => check_address(ip.into())?,
-            Host::Domain(name) => check_name(name)?,
-        }
+    if !url.has_host() {
+        return Err(UrlError::NoHost);
     }
     Ok(url)
 }
 
-fn check_address(ip: IpAddr) -> Result<(), UrlError> {
-    if is_public(ip) { Ok(()) } else { Err(UrlError::InsideAddress(ip)) }
+fn check_address(ip: IpAddr, nets: &[IpNet]) -> Result<(), UrlError> {
+    if is_public(ip) || nets.iter().any(|net| net.contains(&ip)) { Ok(()) } else { Err(UrlError::InsideAddress(ip)) }
 }
 
 fn check_name(name: &str) -> Result<(), UrlError> {
@@ -188,6 +234,8 @@ pub struct WebhookClient {
     policy: Arc<AddressPolicy>,
     /// Connects to public addresses only.
     guarded: reqwest::Client,
+    /// Connects to public addresses and the networks that are allowed on a port: one for each such port.
+    opened: HashMap<u16, reqwest::Client>,
     /// Connects anywhere: for the hosts that the operator allows.
     trusted: reqwest::Client,
 }
@@ -208,9 +256,15 @@ impl WebhookClient {
                 .no_proxy()
                 .tcp_nodelay(true)
         };
+        let mut by_port: HashMap<u16, Vec<IpNet>> = HashMap::new();
+        for allowed in &policy.allowed_nets {
+            by_port.entry(allowed.port).or_default().push(allowed.net);
+        }
+        let open = |(port, nets)| Ok((port, builder().dns_resolver(CheckedResolver { nets }).build()?));
         Ok(Self {
             policy: Arc::new(policy),
-            guarded: builder().dns_resolver(PublicResolver).build()?,
+            guarded: builder().dns_resolver(CheckedResolver { nets: Vec::new() }).build()?,
+            opened: by_port.into_iter().map(open).collect::<Result<_, reqwest::Error>>()?,
             trusted: builder().build()?,
         })
     }
@@ -225,7 +279,8 @@ impl WebhookClient {
 
     async fn exchange(&self, call: WebhookCall<'_>) -> Result<String, WebhookError> {
         let url = check_url(call.url, &self.policy)?;
-        let client = if self.policy.allows(&url) { &self.trusted } else { &self.guarded };
+        let opened = url.port_or_known_default().and_then(|port| self.opened.get(&port));
+        let client = if self.policy.allows(&url) { &self.trusted } else { opened.unwrap_or(&self.guarded) };
         #[expect(clippy::disallowed_methods, reason = "the endpoint compares it with its own wall clock")]
         let timestamp = Utc::now().timestamp();
         let mut request = client
@@ -264,15 +319,19 @@ async fn read_bounded(mut answer: reqwest::Response) -> Result<String, WebhookEr
 /// Resolves a name once and hands the connector only what was checked, so that a name that changes its address between
 /// check and connect gains nothing.
 #[derive(Debug)]
-struct PublicResolver;
+struct CheckedResolver {
+    /// Networks that a name may lead to beside the public internet.
+    nets: Vec<IpNet>,
+}
 
-impl Resolve for PublicResolver {
+impl Resolve for CheckedResolver {
     fn resolve(&self, name: Name) -> Resolving {
+        let nets = self.nets.clone();
         Box::pin(async move {
             let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
             // One bad address condemns the name: it has no business mixing public and private ones.
             for address in &found {
-                check_address(address.ip())?;
+                check_address(address.ip(), &nets)?;
             }
             Ok(Box::new(found.into_iter()) as Addrs)
         })

@@ -1,7 +1,8 @@
 //! What an agent is: checked when it is saved, stored as JSON, frozen by a publish.
 
 use cloister_runtime::spec::{ModelSettings, ToolUseBehavior, WebhookTool};
-use cloister_runtime::webhook::{AddressPolicy, check_url};
+use cloister_runtime::webhook::{AddressPolicy, check_form, check_url};
+use entity::tenants::{self, Isolation};
 use serde::{Deserialize, Serialize};
 use url::Url;
 use uuid::Uuid;
@@ -121,7 +122,7 @@ impl Default for Definition {
 
 impl Definition {
     /// The definition with a change made; every problem is added to `checks` with its path.
-    pub fn changed(&self, app: &App, tenant_id: Uuid, change: Change, checks: &mut Checks) -> Outcome<Self> {
+    pub fn changed(&self, app: &App, tenant: &tenants::Model, change: Change, checks: &mut Checks) -> Outcome<Self> {
         let mut new = self.clone();
         if let Some(model) = checks.required("model", change.model) {
             new.model = model;
@@ -135,7 +136,7 @@ impl Definition {
         }
         new.check_model(app, checks);
         if let Some(tools) = change.tools.into_option() {
-            new.tools = self.with_tools(app, tenant_id, tools.unwrap_or_default(), checks)?;
+            new.tools = self.with_tools(app, tenant, tools.unwrap_or_default(), checks)?;
         }
         if let Some(handoffs) = change.handoffs.into_option() {
             new.handoffs = handoffs.unwrap_or_default();
@@ -194,19 +195,25 @@ impl Definition {
     fn with_tools(
         &self,
         app: &App,
-        tenant_id: Uuid,
+        tenant: &tenants::Model,
         tools: Vec<WebhookToolInput>,
         checks: &mut Checks,
     ) -> Outcome<Vec<WebhookTool>> {
         checks.count("tools", tools.len(), MAX_TOOLS);
-        let policy = AddressPolicy { allowed_hosts: app.config.webhooks.allowed_hosts.clone() };
+        let allowed_hosts = app.config.webhooks.allowed_hosts.clone();
+        let policy = AddressPolicy { allowed_hosts, ..AddressPolicy::default() };
+        let check = |url: &str| match tenant.isolation {
+            // Its own workers call, from a network that only they know: they check where the URL leads.
+            Isolation::Dedicated => check_form(url),
+            Isolation::Shared => check_url(url, &policy),
+        };
         let mut checked = Vec::with_capacity(tools.len());
         for (at, tool) in tools.into_iter().enumerate() {
             let field = |name: &str| format!("tools.{at}.webhook.{name}");
             check_name(checks, &field("name"), &tool.name);
             checks.text(&field("description"), &tool.description, 0, 1_024);
             checks.text(&field("url"), &tool.url, 1, 2_048);
-            if let Err(error) = check_url(&tool.url, &policy) {
+            if let Err(error) = check(&tool.url) {
                 checks.push(UserError::invalid(&field("url"), format!("The URL {error}")));
             }
             let parameters = tool.parameters.unwrap_or_else(no_parameters);
@@ -219,7 +226,7 @@ impl Definition {
                     if token.chars().any(|c| !c.is_ascii_graphic()) {
                         checks.push(UserError::invalid(&field("token"), "A token has visible ASCII characters only."));
                     }
-                    Some(app.vault.seal(tenant_id, &token)?)
+                    Some(app.vault.seal(tenant.id, &token)?)
                 }
                 Patch::Null => None,
                 Patch::Undefined => self.kept_token(&tool.name, &tool.url),

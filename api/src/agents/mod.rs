@@ -6,7 +6,7 @@ pub mod graph;
 pub mod graphql;
 pub mod input_graphql;
 
-use entity::{TenantOwned, agents};
+use entity::{TenantOwned, agents, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, IntoActiveModel, PaginatorTrait, QueryFilter,
@@ -91,7 +91,9 @@ async fn changed(
         checks.text("description", description.as_deref().unwrap_or_default(), 0, 2_000);
         row.description = Set(description);
     }
-    let definition = before.changed(app, tenant_id, change.definition, &mut checks)?;
+    let tenant = tenants::Entity::in_tenant(tenant_id).one(tx).await?;
+    let tenant = tenant.ok_or_else(|| Error::internal("an agent of a tenant that is gone"))?;
+    let definition = before.changed(app, &tenant, change.definition, &mut checks)?;
     check_targets(tx, tenant_id, &definition, &mut checks).await?;
     checks.finish()?;
     row.definition = Set(serde_json::to_value(&definition).map_err(Error::from)?);

@@ -1,7 +1,5 @@
 //! The tenant's workers: one Deployment, as confined as a pod can be, and its disruption budget.
 
-use std::net::IpAddr;
-
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment};
 use k8s_openapi::api::core::v1::{
     Capabilities, Container, ContainerPort, EnvVar, HTTPGetAction, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
@@ -146,9 +144,9 @@ fn build_environment(wanted: &Wanted, settings: &Settings) -> Vec<EnvVar> {
         ("SHUTDOWN_SECONDS", settings.runtime_shutdown_seconds.to_string()),
         ("LOG_FORMAT", "json".to_owned()),
     ];
-    let hosts = allowed_hosts(&wanted.openings);
-    if !hosts.is_empty() {
-        variables.push(("ALLOWED_HOSTS", hosts.join(",")));
+    let nets = allowed_nets(&wanted.openings);
+    if !nets.is_empty() {
+        variables.push(("ALLOWED_NETS", nets.join(",")));
     }
     variables
         .into_iter()
@@ -156,16 +154,10 @@ fn build_environment(wanted: &Wanted, settings: &Settings) -> Vec<EnvVar> {
         .collect()
 }
 
-/// The worker knows hosts, no networks: an opening for one address is told to it as that address.
-fn allowed_hosts(openings: &[Opening]) -> Vec<String> {
-    let single = openings.iter().filter(|opening| opening.cidr.prefix_len() == opening.cidr.max_prefix_len());
-    let hosts = single.flat_map(|opening| {
-        opening.ports.iter().map(|port| match opening.cidr.addr() {
-            IpAddr::V4(ip) => format!("{ip}:{port}"),
-            IpAddr::V6(ip) => format!("[{ip}]:{port}"),
-        })
-    });
-    hosts.collect()
+/// What is opened, as the worker checks webhooks' addresses by it: each network with each of its ports.
+fn allowed_nets(openings: &[Opening]) -> Vec<String> {
+    let nets = openings.iter().flat_map(|opening| opening.ports.iter().map(|port| format!("{}:{port}", opening.cidr)));
+    nets.collect()
 }
 
 fn build_probe(path: &str, period_seconds: i32, failure_threshold: i32) -> Probe {
@@ -265,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn single_addresses_are_told_to_the_worker() {
+    fn openings_are_told_to_the_worker() {
         let egress = json!([
             {"cidr": "203.0.113.0/24", "ports": [8443]},
             {"cidr": "10.1.2.3/32", "ports": [8443, 5000]},
@@ -273,7 +265,8 @@ mod tests {
         ]);
         let wanted = wanted(json!({"network": {"allowedEgress": egress}}));
         let deployment = build_deployment(&wanted, &Settings::sample(), 1);
-        assert_eq!(variable(&deployment, "ALLOWED_HOSTS").unwrap(), "10.1.2.3:5000,10.1.2.3:8443,[2001:db8::7]:443");
+        let nets = "203.0.113.0/24:8443,10.1.2.3/32:5000,10.1.2.3/32:8443,2001:db8::7/128:443";
+        assert_eq!(variable(&deployment, "ALLOWED_NETS").unwrap(), nets);
     }
 
     #[test]
@@ -286,7 +279,7 @@ mod tests {
         });
         let deployment = build_deployment(&wanted(json!({"runtime": runtime})), &Settings::sample(), 2);
         assert_eq!(variable(&deployment, "CONCURRENCY").unwrap(), "7");
-        assert_eq!(variable(&deployment, "ALLOWED_HOSTS"), None);
+        assert_eq!(variable(&deployment, "ALLOWED_NETS"), None);
         let spec = deployment.spec.unwrap();
         let pod = spec.template.spec.unwrap();
         assert_eq!(spec.replicas, Some(2));

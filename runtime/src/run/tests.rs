@@ -129,7 +129,7 @@ impl Stage {
 
     async fn run_claim(&self, claim: Claim) -> Outcome {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let policy = AddressPolicy { allowed_hosts: vec!["127.0.0.1".into()] };
+        let policy = AddressPolicy { allowed_hosts: vec!["127.0.0.1".into()], ..Default::default() };
         let ports = Ports {
             model: self.model.clone(),
             journal: self.journal.clone(),

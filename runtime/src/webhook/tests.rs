@@ -6,7 +6,7 @@ use super::*;
 const SECRET: &str = "C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
 
 fn allowing(hosts: &[&str]) -> AddressPolicy {
-    AddressPolicy { allowed_hosts: hosts.iter().map(|&host| host.to_owned()).collect() }
+    AddressPolicy { allowed_hosts: hosts.iter().map(|&host| host.to_owned()).collect(), ..Default::default() }
 }
 
 fn client(policy: AddressPolicy) -> WebhookClient {
@@ -172,6 +172,37 @@ async fn inside_addresses_are_not_called() {
     let client = client(AddressPolicy::default());
     assert!(matches!(client.call(call("http://127.0.0.1:1/", "{}", &[])).await, Err(WebhookError::Url(_))));
     // The resolver's own check, for names whose address is inside.
-    let resolved = PublicResolver.resolve("localhost".parse().unwrap()).await;
+    let resolved = CheckedResolver { nets: Vec::new() }.resolve("localhost".parse().unwrap()).await;
     assert!(resolved.is_err_and(|error| error.downcast_ref::<UrlError>().is_some()));
+}
+
+#[tokio::test]
+async fn an_allowed_network_is_reached_on_its_port_and_nothing_else_inside() {
+    let (url, received) = endpoint(http_answer("200 OK", b"inside")).await;
+    let port = Url::parse(&url).unwrap().port().unwrap();
+    let net = |net: &str| AllowedNet::try_from(net.to_owned()).unwrap();
+    let allowed = vec![net(&format!("127.0.0.0/30:{port}")), net(&format!("::1/128:{port}")), net("10.1.0.0/16:8443")];
+    let client = client(AddressPolicy { allowed_nets: allowed.clone(), ..AddressPolicy::default() });
+    // A name that leads there, whatever it is called.
+    let named = url.replace("127.0.0.1", "localhost");
+    let answer = client.call(call(&named, "{}", &[])).await;
+    assert_eq!(answer.unwrap(), "inside");
+    received.await.unwrap();
+    let policy = AddressPolicy { allowed_nets: allowed, ..AddressPolicy::default() };
+    for (url, is_taken) in [
+        ("https://10.1.2.3:8443/", true),
+        ("https://10.1.2.3/", false),
+        ("https://10.2.2.3:8443/", false),
+        ("https://tools.internal:8443/", true),
+        ("https://tools.internal/", false),
+        ("https://8.8.8.8/", true),
+    ] {
+        assert_eq!(check_url(url, &policy).is_ok(), is_taken, "{url}");
+    }
+    // A name is judged by where it leads: not into the network of another port.
+    let elsewhere = client.call(call("http://localhost:8443/", "{}", &[])).await;
+    assert!(matches!(elsewhere, Err(WebhookError::Unreachable(_))), "{elsewhere:?}");
+    for wrong in ["10.1.0.0/16", "10.1.0.0:8443", "tools.internal:443", "10.1.0.0/16:https"] {
+        assert!(AllowedNet::try_from(wrong.to_owned()).is_err(), "{wrong}");
+    }
 }

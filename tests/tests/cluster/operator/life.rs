@@ -6,7 +6,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use cloister_tests::ids::uuid_of;
-use cloister_tests::{Reply, Worker};
+use cloister_tests::{Reply, ToolServer, Worker};
 use entity::{TenantOwned, cluster_tenants, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, DatabaseConnection, IntoActiveModel};
@@ -109,6 +109,54 @@ async fn a_suspended_tenant_is_refused_and_its_runs_wait() {
     let _own = worker(platform, &name).await;
     run_is(&tenant.client, &held, "SUCCEEDED").await;
     platform.end(&name).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_webhook_in_a_network_that_is_opened_is_called_by_the_tenants_workers() {
+    let platform = platform().await;
+    let _alone = platform.alone().await;
+    let tools = ToolServer::start().await;
+    let url: reqwest::Url = tools.url("/look").parse().unwrap();
+    let (name, shared) = (name("hook"), name("shared"));
+    let egress = json!([{"cidr": "127.0.0.0/30", "ports": [url.port().unwrap()]}]);
+    platform.ready(&name, json!({"network": {"allowedEgress": egress}})).await;
+    platform.ready(&shared, json!({"plan": "pro"})).await;
+    let create =
+        "mutation ($input: CreateAgentInput!) { createAgent(input: $input) { agent { id } errors { message } } }";
+    let with_tool = |url: &str| {
+        let webhook = json!({"name": "look", "description": "Looks.", "url": url, "parameters": {"type": "object"}});
+        json!({"input": {"name": "Agent", "model": "scripted", "instructions": "Look.", "publish": true,
+            "tools": [{"webhook": webhook}]}})
+    };
+    // Where an address leads, the tenant's own network decides; the shared pool has none.
+    let (own, others) = (platform.client(&name).await, platform.client(&shared).await);
+    let refused = others.client.data(create, with_tool("https://10.9.8.7/look")).await["createAgent"].clone();
+    assert!(refused["errors"][0]["message"].as_str().unwrap().contains("10.9.8.7"), "{refused}");
+    let taken = own.client.data(create, with_tool("https://10.9.8.7/look")).await["createAgent"].clone();
+    assert_eq!(taken["errors"], json!([]));
+
+    let made = own.client.data(create, with_tool(url.as_str())).await["createAgent"].clone();
+    let agent = made["agent"]["id"].as_str().unwrap_or_else(|| panic!("{made}"));
+    let pod = platform.get(&child_path(&name, "deployments")).await.unwrap()["spec"]["template"]["spec"].clone();
+    let variables = pod["containers"][0]["env"].as_array().unwrap();
+    let nets = variables.iter().find(|it| it["name"] == "CLOISTER_RUNTIME__ALLOWED_NETS").unwrap();
+    let secret = platform.get(&child_path(&name, "secrets")).await.expect("the Secret");
+    let token = BASE64_STANDARD.decode(secret["data"]["token"].as_str().unwrap()).unwrap();
+    let _worker = Worker::builder(&platform.app, &String::from_utf8(token).unwrap())
+        .env("CLOISTER_RUNTIME__ALLOWED_HOSTS", "nobody.example")
+        .env("CLOISTER_RUNTIME__ALLOWED_NETS", nets["value"].as_str().unwrap())
+        .start()
+        .await;
+    platform.model.always(|request| match request.messages().iter().any(|message| message["role"] == "tool") {
+        true => Reply::text("Done.").usage(6, 2),
+        false => Reply::tool_call("look", json!({})).usage(5, 2),
+    });
+    let run = start(&own.client, agent).await;
+    run_is(&own.client, &run, "SUCCEEDED").await;
+    assert_eq!(tools.requests().len(), 1);
+    for name in [&name, &shared] {
+        platform.end(name).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -70,7 +70,7 @@ async fn an_enterprise_tenant_has_a_namespace_with_everything_in_it() {
         all.iter().find(|variable| variable["name"] == name).map(|variable| variable["value"].clone())
     };
     assert_eq!(variable("CLOISTER_RUNTIME__CONCURRENCY"), Some(json!("7")));
-    assert_eq!(variable("CLOISTER_RUNTIME__ALLOWED_HOSTS"), Some(json!("203.0.113.7:8443")));
+    assert_eq!(variable("CLOISTER_RUNTIME__ALLOWED_NETS"), Some(json!("203.0.113.7/32:8443")));
 
     let policy = child("networkpolicies").await["spec"].clone();
     assert_eq!((&policy["podSelector"], &policy["policyTypes"]), (&json!({}), &json!(["Ingress", "Egress"])));
