@@ -7,10 +7,10 @@ use std::thread;
 
 use tokio::sync::watch;
 
+use crate::PATIENCE;
 use crate::app::{capture, listening, signal};
 use crate::client::{self, Client};
 use crate::scope::{EndBy, Scope};
-use crate::PATIENCE;
 
 /// A process that logs JSON lines, one of which says where it listens. Dropping it kills it.
 pub struct Process {
@@ -29,7 +29,8 @@ impl Process {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary runs");
         Scope::current().adopt(child.id(), EndBy::Kill);
         let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
-        let mut process = Process { name, child: Some(child), address: ([127, 0, 0, 1], 0).into(), log: Arc::default() };
+        let mut process =
+            Process { name, child: Some(child), address: ([127, 0, 0, 1], 0).into(), log: Arc::default() };
         let state = watch::Sender::new(None);
         let mut found = state.subscribe();
         capture(stderr, process.log.clone(), |_| {});
