@@ -193,7 +193,7 @@ fn setting(results: &Results) {
 }
 
 fn compare(results: &Results, ours: &[Measured], peers: &[Measured]) {
-    let mut add = |what: &str, of: fn(&Measured) -> f64, goal: &str| {
+    let add = |what: &str, of: fn(&Measured) -> f64, goal: &str| {
         let ratios: Vec<f64> = ours.iter().zip(peers).map(|(ours, peer)| of(ours) / of(peer)).collect();
         let (low, high) = range(&ratios);
         let middle = |part: &[Measured]| median(&part.iter().map(of).collect::<Vec<_>>());
