@@ -112,7 +112,16 @@ macro_rules! kept {
     ($($kind:ty),+) => {$(impl Kept for $kind {})+};
 }
 
-kept!(Tenant, Namespace, LimitRange, NetworkPolicy, ServiceAccount, PartialObjectMeta<Secret>, Deployment, EndpointSlice);
+kept!(
+    Tenant,
+    Namespace,
+    LimitRange,
+    NetworkPolicy,
+    ServiceAccount,
+    PartialObjectMeta<Secret>,
+    Deployment,
+    EndpointSlice
+);
 
 impl Kept for ResourceQuota {
     fn forget_status(&mut self) {

@@ -103,6 +103,15 @@ impl Contestant {
         }
     }
 
+    /// Whether it printed that something went wrong.
+    pub fn complains(&self) -> bool {
+        match self {
+            Contestant::Cloister(operator) => operator.log().contains(r#""level":"ERROR""#),
+            // kopf calls an error what it tries again.
+            Contestant::Kopf(_) => self.log().contains("Traceback"),
+        }
+    }
+
     /// What it printed.
     pub fn log(&self) -> String {
         match self {

@@ -61,6 +61,12 @@ impl Ground {
         let cluster = Cluster::simulated().await;
         cluster.apply(include_str!("../../../../../crds/tenants.yaml")).await.expect("the definition");
         cluster.kubectl(&["wait", "--for=condition=Established", "crd/tenants.cloister.dev", "--timeout=30s"]).await;
+        // Its storage comes a moment later.
+        let deadline = Instant::now() + PATIENCE;
+        while cluster.try_kubectl(&["get", "tenants"]).await.is_err() {
+            assert!(Instant::now() < deadline, "tenants can't be listed");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
         cluster.apply(RIGHTS).await.expect("the operator's rights");
         let kubeconfig = cluster.kubeconfig_for(OPERATOR_NAMESPACE, ACCOUNT).await;
         let client = admin(cluster.kubeconfig()).await;
