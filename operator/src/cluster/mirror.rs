@@ -148,7 +148,8 @@ pub fn slim<K: Kept>(object: &mut K) {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::ServiceAccount;
+    use k8s_openapi::api::core::v1::{ResourceQuotaStatus, ServiceAccount};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{FieldsV1, ManagedFieldsEntry};
     use kube::api::ObjectMeta;
 
     use super::*;
@@ -185,6 +186,21 @@ mod tests {
         see(&mirror, &mut writer, Event::Apply(account("12")));
         assert_eq!(version_of(&mirror).as_deref(), Some("12"));
         assert!(mirror.written().is_empty());
+    }
+
+    #[test]
+    fn nothing_is_kept_that_nobody_looks_at() {
+        let mut quota = ResourceQuota::default();
+        quota.status = Some(ResourceQuotaStatus::default());
+        quota.metadata.managed_fields = Some(vec![ManagedFieldsEntry {
+            manager: Some("cloister-operator".to_owned()),
+            fields_v1: Some(FieldsV1::default()),
+            ..ManagedFieldsEntry::default()
+        }]);
+        slim(&mut quota);
+        assert_eq!(quota.status, None);
+        let entry = &quota.managed_fields()[0];
+        assert_eq!((entry.manager.as_deref(), &entry.fields_v1), (Some("cloister-operator"), &None));
     }
 
     #[test]
