@@ -1,6 +1,6 @@
 # What a person types. Everything else is cargo.
 
-.PHONY: run run-distributed demo-kubernetes test test-cluster bench cluster cluster-down setup build
+.PHONY: run run-distributed demo-kubernetes test test-cluster bench bench-operator cluster cluster-down setup build
 
 # Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
 run:
@@ -45,6 +45,10 @@ test-cluster:
 # How fast it is, beside its peers: half an hour on a quiet machine, into docs/benchmarks.md. QUICK=1 takes minutes.
 bench:
 	@scripts/bench all $(if $(QUICK),--quick)
+
+# The operator beside one written with kopf, on a simulated cluster of a thousand tenants; for root. QUICK=1: a hundred.
+bench-operator:
+	@scripts/bench operator $(if $(QUICK),--quick)
 
 # What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients.
 setup:

@@ -20,15 +20,18 @@ use kube::api::PartialObjectMeta;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::{Config, Event, watcher};
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Api, Client, ResourceExt};
 use metrics::counter;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use self::mirror::{Mirror, slim};
+use self::mirror::{Kept, Mirror, slim};
 use crate::build::NAME;
 use crate::settings::Settings;
+
+/// Objects that one answer lists at most.
+const PAGE: u32 = 100;
 
 /// Tenants that are to be looked at.
 #[derive(Clone)]
@@ -109,8 +112,8 @@ impl Cluster {
         });
 
         let watch = Watch { cluster: cluster.clone(), client: client.clone(), stopping: stopping.clone() };
-        let ours = Config::default().fields(&format!("metadata.name={NAME}"));
-        let all = Config::default();
+        let all = paged();
+        let ours = all.clone().fields(&format!("metadata.name={NAME}"));
         watch.tenants(tenants_writer, forget);
         watch.children(Api::all(client.clone()), all.clone(), namespaces_writer, |it| &it.namespaces);
         watch.children(Api::all(client.clone()), ours.clone(), quotas_writer, |it| &it.quotas);
@@ -120,7 +123,7 @@ impl Cluster {
         watch.children(Api::all(client.clone()), ours.clone(), secrets_writer, |it| &it.secrets);
         watch.children(Api::all(client.clone()), ours.clone(), deployments_writer, |it| &it.deployments);
         watch.children(Api::all(client.clone()), ours, budgets_writer, |it| &it.budgets);
-        let kubernetes = Config::default().fields("metadata.name=kubernetes");
+        let kubernetes = paged().fields("metadata.name=kubernetes");
         let default = Api::namespaced(client.clone(), "default");
         watch.children(default, kubernetes, endpoints_writer, |it| &it.endpoints);
         cluster
@@ -219,6 +222,11 @@ pub fn is_in_status(tenant: &Tenant, namespace: &Namespace) -> bool {
     status.is_some_and(|status| Some(&status.uid) == namespace.metadata.uid.as_ref())
 }
 
+/// All objects, listed in pages that take little memory: ten kinds are listed at once.
+fn paged() -> Config {
+    Config::default().page_size(PAGE)
+}
+
 struct Watch {
     cluster: Arc<Cluster>,
     client: Client,
@@ -227,7 +235,7 @@ struct Watch {
 
 impl Watch {
     fn tenants(&self, writer: reflector::store::Writer<Tenant>, forget: impl Fn(&str) + Send + Sync + 'static) {
-        let stream = watcher(Api::<Tenant>::all(self.client.clone()), Config::default()).modify(slim).reflect(writer);
+        let stream = watcher(Api::<Tenant>::all(self.client.clone()), paged()).modify(slim).reflect(writer);
         let cluster = self.cluster.clone();
         self.run("Tenant", stream.default_backoff(), move |event| match event {
             Event::Apply(tenant) => cluster.triggers.tenant(&tenant.name_any()),
@@ -244,7 +252,7 @@ impl Watch {
         writer: reflector::store::Writer<K>,
         mirror: impl Fn(&Cluster) -> &Mirror<K> + Send + Sync + 'static,
     ) where
-        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+        K: Kept<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
     {
         let stream = watcher(api, config).modify(slim).reflect(writer);
         let cluster = self.cluster.clone();

@@ -4,6 +4,13 @@ use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crds::Tenant;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{LimitRange, Namespace, ResourceQuota, Secret, ServiceAccount};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::PartialObjectMeta;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::Event;
@@ -25,7 +32,7 @@ pub fn mirror<K: Resource<DynamicType = ()> + Clone + 'static>() -> (Mirror<K>, 
     (Mirror { store, written: Mutex::default() }, writer)
 }
 
-impl<K: Resource<DynamicType = ()> + Clone + Debug + 'static> Mirror<K> {
+impl<K: Kept<DynamicType = ()> + Clone + Debug + 'static> Mirror<K> {
     /// Waits until the kind was listed once.
     pub async fn wait_until_listed(&self) {
         // Only fails when the watch is gone, which is when the operator stops.
@@ -95,19 +102,54 @@ fn version<K: Resource>(object: &K) -> u128 {
     object.meta().resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or_default()
 }
 
+/// A kind of which is kept what a look at a tenant needs.
+pub trait Kept: Resource {
+    /// Leaves out a status that nobody here looks at.
+    fn forget_status(&mut self) {}
+}
+
+macro_rules! kept {
+    ($($kind:ty),+) => {$(impl Kept for $kind {})+};
+}
+
+kept!(
+    Tenant,
+    Namespace,
+    LimitRange,
+    NetworkPolicy,
+    ServiceAccount,
+    PartialObjectMeta<Secret>,
+    Deployment,
+    EndpointSlice
+);
+
+impl Kept for ResourceQuota {
+    fn forget_status(&mut self) {
+        self.status = None;
+    }
+}
+
+impl Kept for PodDisruptionBudget {
+    fn forget_status(&mut self) {
+        self.status = None;
+    }
+}
+
 /// Leaves out what nobody here looks at: of managed fields only whose they are is of interest.
-pub fn slim<K: Resource>(object: &mut K) {
+pub fn slim<K: Kept>(object: &mut K) {
     for entry in object.managed_fields_mut() {
         entry.fields_v1 = None;
         entry.time = None;
         entry.fields_type = None;
         entry.api_version = None;
     }
+    object.forget_status();
 }
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::ServiceAccount;
+    use k8s_openapi::api::core::v1::{ResourceQuotaStatus, ServiceAccount};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{FieldsV1, ManagedFieldsEntry};
     use kube::api::ObjectMeta;
 
     use super::*;
@@ -144,6 +186,21 @@ mod tests {
         see(&mirror, &mut writer, Event::Apply(account("12")));
         assert_eq!(version_of(&mirror).as_deref(), Some("12"));
         assert!(mirror.written().is_empty());
+    }
+
+    #[test]
+    fn nothing_is_kept_that_nobody_looks_at() {
+        let mut quota = ResourceQuota::default();
+        quota.status = Some(ResourceQuotaStatus::default());
+        quota.metadata.managed_fields = Some(vec![ManagedFieldsEntry {
+            manager: Some("cloister-operator".to_owned()),
+            fields_v1: Some(FieldsV1::default()),
+            ..ManagedFieldsEntry::default()
+        }]);
+        slim(&mut quota);
+        assert_eq!(quota.status, None);
+        let entry = &quota.managed_fields()[0];
+        assert_eq!((entry.manager.as_deref(), &entry.fields_v1), (Some("cloister-operator"), &None));
     }
 
     #[test]

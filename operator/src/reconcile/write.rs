@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::build::FIELD_MANAGER;
-use crate::cluster::mirror::Mirror;
+use crate::cluster::mirror::{Kept, Mirror};
 use crate::error::Error;
 use crate::operator::Operator;
 
@@ -38,7 +38,7 @@ impl<K: Resource<DynamicType = ()> + HasKind + Clone + Debug + Serialize + Deser
 const CONTESTED_AGAIN: Duration = Duration::from_secs(60);
 
 /// A kind of object in a tenant's namespace.
-pub trait Child: Resource<Scope = NamespaceResourceScope> + Written + Send + Sync + 'static {
+pub trait Child: Kept + Resource<Scope = NamespaceResourceScope> + Written + Send + Sync + 'static {
     /// Whether, metadata and status aside, this is as `wanted`: no field less and none more.
     fn is_as(&self, wanted: &Self) -> bool;
 }

@@ -9,6 +9,7 @@ mod cpu;
 mod first_token;
 mod load;
 mod model;
+mod operators;
 mod peers;
 mod platform;
 mod queue;
@@ -61,6 +62,9 @@ enum Command {
     Subscribers,
     /// A thousand idle subscriptions.
     Idle,
+    /// A thousand tenants by the operator, against one written with kopf, then their report. Not one of all: it needs
+    /// root, for a Kubernetes cluster.
+    Operator,
     /// Writes the tables of `docs/benchmarks.md` from the results.
     Report,
     /// The instant model server, which the measurements start.
@@ -79,7 +83,7 @@ async fn main() -> std::io::Result<()> {
     }
     match arguments.command {
         Command::Model => model::serve().await?,
-        Command::Report => report(&file)?,
+        Command::Report => report(&file, true)?,
         Command::All => {
             runs::measure(&results).await;
             runs::writers(&results).await;
@@ -90,7 +94,7 @@ async fn main() -> std::io::Result<()> {
             usage::measure(&results).await;
             subscribers::watch(&results).await;
             subscribers::idle(&results).await;
-            report(&file)?;
+            report(&file, true)?;
         }
         Command::Runs => runs::measure(&results).await,
         Command::Writers => runs::writers(&results).await,
@@ -101,6 +105,11 @@ async fn main() -> std::io::Result<()> {
         Command::Usage => usage::measure(&results).await,
         Command::Subscribers => subscribers::watch(&results).await,
         Command::Idle => subscribers::idle(&results).await,
+        Command::Operator => {
+            operators::measure(&results).await;
+            // On whatever machine the other tables are from.
+            report(&file, false)?;
+        }
     }
     Ok(())
 }
@@ -116,6 +125,7 @@ fn warn_of_other_work() {
     }
 }
 
-fn report(results: &Path) -> std::io::Result<()> {
-    report::write(results, &Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/benchmarks.md"))
+fn report(results: &Path, with_machine: bool) -> std::io::Result<()> {
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/benchmarks.md");
+    report::write(results, &document, with_machine)
 }

@@ -20,7 +20,8 @@ const START: Duration = Duration::from_secs(60);
 
 const KEY: &str = "peer-key";
 
-fn directory(peer: &str) -> PathBuf {
+/// Where a peer is.
+pub fn directory(peer: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/peers").join(peer)
 }
 

@@ -12,11 +12,11 @@ use crate::results::{last_rows, read};
 const BEGIN: &str = "<!-- table: ";
 const END: &str = "<!-- end -->";
 
-/// Writes the last results of each table, and the machine they are from, into `document`.
+/// Writes the last results of each table, and with `with_machine` what they were measured on, into `document`.
 ///
 /// # Errors
 /// The document can't be read or written, or a marker has no end.
-pub fn write(results: &Path, document: &Path) -> io::Result<()> {
+pub fn write(results: &Path, document: &Path, with_machine: bool) -> io::Result<()> {
     let lines = read(results);
     let text = fs::read_to_string(document)?;
     let mut written = String::new();
@@ -26,7 +26,10 @@ pub fn write(results: &Path, document: &Path) -> io::Result<()> {
         let unended = || io::Error::other("a table's marker has no end");
         let name = marked[BEGIN.len()..].split(" -->").next().ok_or_else(unended)?;
         let end = marked.find(END).ok_or_else(unended)?;
-        let table = if name == "machine" { Some(machine()) } else { table(&last_rows(&lines, name)) };
+        let table = match name {
+            "machine" => with_machine.then(machine),
+            _ => table(&last_rows(&lines, name)),
+        };
         written.push_str(before);
         match table {
             Some(table) => written.push_str(&format!("{BEGIN}{name} -->\n{table}")),
@@ -81,7 +84,7 @@ fn field(file: &str, name: &str) -> String {
 }
 
 /// The first line that a program prints; nothing if it isn't there.
-fn printed(program: &str, arguments: &[&str]) -> String {
+pub fn printed(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output();
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
     text.lines().next().unwrap_or_default().to_owned()
