@@ -1,11 +1,16 @@
 //! What `helm uninstall` leaves can be deleted without an operator, and goes on with the next release.
 
+use std::time::{Duration, Instant};
+
 use serde_json::json;
 
 use super::life::{agent, succeed};
 use super::platform::{NAME, Platform};
 
 const KEPT: &str = "kept";
+
+/// In which a tenant is Ready, if its operator leads from the start.
+const SOON: Duration = Duration::from_secs(60);
 
 /// What becomes of what a release left.
 #[derive(Clone, Copy)]
@@ -30,7 +35,12 @@ async fn what_an_uninstall_leaves_goes_on_or_can_be_deleted() {
     for (round, end) in [End::TenantThenNamespace, End::NamespaceThenTenant, End::Everything].into_iter().enumerate() {
         let name = format!("gone-{round}");
         let namespace = format!("tenant-{name}");
+        let begun = Instant::now();
         let tenant = platform.tenant(&name, json!({})).await;
+        assert!(
+            begun.elapsed() < SOON,
+            "{round}: the operators waited for the Lease that the release before had taken"
+        );
         let run = succeed(&tenant.client, &agent(&tenant.client).await, "Who serves it?").await;
         assert_eq!(run["worker"], json!(platform.worker(&name).await.pod));
 
