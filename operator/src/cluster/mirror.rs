@@ -190,8 +190,7 @@ mod tests {
 
     #[test]
     fn nothing_is_kept_that_nobody_looks_at() {
-        let mut quota = ResourceQuota::default();
-        quota.status = Some(ResourceQuotaStatus::default());
+        let mut quota = ResourceQuota { status: Some(ResourceQuotaStatus::default()), ..ResourceQuota::default() };
         quota.metadata.managed_fields = Some(vec![ManagedFieldsEntry {
             manager: Some("cloister-operator".to_owned()),
             fields_v1: Some(FieldsV1::default()),

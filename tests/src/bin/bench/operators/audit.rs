@@ -93,13 +93,17 @@ impl Call {
 
     /// Whether it made an object that was not there: an apply does, too.
     pub fn is_creation(&self) -> bool {
-        self.response_status.as_ref().is_some_and(|response| response.code == 201)
-            && self.object().subresource.is_empty()
+        self.code() == 201 && self.object().subresource.is_empty()
     }
 
     /// Whether it is about one of these kinds.
     pub fn is_of(&self, resources: &[&str]) -> bool {
         resources.contains(&self.object().resource.as_str())
+    }
+
+    /// The status of its answer.
+    pub fn code(&self) -> u16 {
+        self.response_status.as_ref().map_or(0, |response| response.code)
     }
 
     /// What it is about.

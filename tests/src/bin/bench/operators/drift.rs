@@ -6,6 +6,7 @@ use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind};
 use serde_json::{Value, json};
 
+use super::audit::Call;
 use super::ground::{ADMIN, Ground, name};
 
 /// How long a repair may take.
@@ -19,6 +20,8 @@ pub struct Repair {
     kind: &'static str,
     /// The operator's writes.
     pub writes: usize,
+    /// How each was answered.
+    answers: Vec<u16>,
     /// From the answer to the change to the answer to the operator's write.
     pub milliseconds: f64,
 }
@@ -26,7 +29,7 @@ pub struct Repair {
 impl Repair {
     /// For the record.
     pub fn figures(&self) -> Value {
-        json!({"kind": self.kind, "writes": self.writes, "ms": self.milliseconds})
+        json!({"kind": self.kind, "writes": self.writes, "answers": self.answers, "ms": self.milliseconds})
     }
 }
 
@@ -70,7 +73,8 @@ async fn repair(ground: &Ground, kind: &'static str, api: &Api<DynamicObject>, n
     let own = audit.writes_of(&ground.account());
     let changed = audit.writes_of(ADMIN).first().map(|call| call.answered).expect("the change");
     let righted = own.first().map(|call| call.answered).expect("the repair");
-    Repair { kind, writes: own.len(), milliseconds: (righted - changed).as_seconds_f64() * 1000.0 }
+    let answers = own.iter().map(Call::code).collect();
+    Repair { kind, writes: own.len(), answers, milliseconds: (righted - changed).as_seconds_f64() * 1000.0 }
 }
 
 /// What an object says, without what each write changes.
