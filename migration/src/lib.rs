@@ -27,6 +27,7 @@ impl MigratorTrait for Migrator {
 
     /// Those that ran, as far as this release knows them. One of a later release, under which this one goes on during an
     /// upgrade and after its rollback, is none of its business: migrations expand first, and contract a release later.
+    #[expect(clippy::disallowed_methods, reason = "migrations are no tenant's")]
     async fn get_migration_models<C>(db: &C) -> Result<Vec<seaql_migrations::Model>, DbErr>
     where
         C: ConnectionTrait,

@@ -58,11 +58,11 @@ impl Reviews {
     }
 }
 
-/// Lets an operator in.
+/// Lets an operator in that speaks for a cluster. A ServiceAccount speaks for the cluster that it is of.
 ///
 /// # Errors
-/// The credential is not an operator's, or nobody can tell now.
-pub async fn verify(app: &App, credential: Option<&str>) -> Result<(), Refused> {
+/// The credential is not an operator's, or not that cluster's, or nobody can tell now.
+pub async fn verify(app: &App, credential: Option<&str>, cluster: &str) -> Result<(), Refused> {
     let config = &app.config.cluster;
     if config.operator_key.is_none() && config.operator_service_account.is_none() {
         return Err(Refused::unavailable(
@@ -77,6 +77,16 @@ pub async fn verify(app: &App, credential: Option<&str>) -> Result<(), Refused> 
         return Ok(());
     }
     let Some(account) = &config.operator_service_account else { return Err(refused(UNKNOWN)) };
+    verify_account(app, token, hash, account).await?;
+    let own = app.cluster.id().await.map_err(|problem| {
+        tracing::warn!(?problem, "the cluster's own UID can't be read");
+        Refused::unavailable("The api can't tell now which cluster it is in. Try again.")
+    })?;
+    if own == cluster { Ok(()) } else { Err(refused("This credential speaks for another cluster.")) }
+}
+
+async fn verify_account(app: &App, token: &str, hash: String, account: &str) -> Result<(), Refused> {
+    let config = &app.config.cluster;
     let reviews = &app.cluster.reviews;
     if reviews.knows(&hash, TRUST) {
         return Ok(());

@@ -40,7 +40,11 @@ pub fn routes(app: &App) -> Router<App> {
 async fn admit(State(app): State<App>, request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
     let admitted = match PROTOCOL.check(request.headers()) {
-        Ok(()) => credential::verify(&app, bearer(request.headers())).await,
+        Ok(()) => {
+            // Every route names its cluster second.
+            let cluster = path.split('/').nth(2).unwrap_or_default();
+            credential::verify(&app, bearer(request.headers()), cluster).await
+        }
         Err(message) => Err(Refused::new(RefusalCode::ProtocolVersion, message)),
     };
     let is_in = admitted.is_ok();

@@ -130,13 +130,15 @@ impl Cluster {
     /// The UID of the cluster's namespace `kube-system`, which names it.
     pub async fn id(&self) -> Result<&str, Problem> {
         let ask = || async {
-            let namespaces: Api<Namespace> = Api::all(self.client()?);
+            let client = self.client.clone().ok_or_else(|| Problem::Away("there is no way to a cluster".to_owned()))?;
+            let namespaces: Api<Namespace> = Api::all(client);
             let found = answer(namespaces.get("kube-system")).await.map_err(Failure::problem)?;
             found.metadata.uid.ok_or_else(|| Problem::Away("the namespace kube-system has no UID".to_owned()))
         };
         self.id.get_or_try_init(ask).await.map(String::as_str)
     }
 
+    /// The way to the cluster, for objects.
     fn client(&self) -> Result<Client, Problem> {
         let none = || Problem::Away("cluster.enabled is off".to_owned());
         self.client.clone().filter(|_| self.writes).ok_or_else(none)

@@ -135,16 +135,19 @@ async fn the_operators_service_account_is_let_in_and_nobody_else() {
         let make = ["create", "token", account, "--namespace", "doors"];
         cluster.kubectl(&[&make[..], audience].concat()).await.trim().to_owned()
     };
-    let ask = async |token: &str| {
-        let request = http().put(format!("{}/operator/v1/clusters/c", app.runtime_url()));
+    let own = cluster.kubectl(&["get", "namespace", "kube-system", "--output=jsonpath={.metadata.uid}"]).await;
+    let ask_of = async |token: &str, of: &str| {
+        let request = http().put(format!("{}/operator/v1/clusters/{of}", app.runtime_url()));
         let request = request.header(VERSION_HEADER, VERSION).bearer_auth(token).json(&json!({"objects": []}));
         request.send().await.unwrap().status().as_u16()
     };
+    let ask = async |token: &str| ask_of(token, &own).await;
     let ours = ["--audience=cloister-api"];
     let good = token("operator", &ours).await;
     for _ in 0..3 {
         assert_eq!(ask(&good).await, 204);
     }
+    assert_eq!(ask_of(&good, "6f2c1a52-9f1e-4c57-8f0f-0d9b4c3e7a10").await, 401, "another cluster");
     for (bad, why) in [
         (token("operator", &[]).await, "a token for the API server"),
         (token("operator", &["--audience=other"]).await, "a token for somebody else"),
@@ -169,8 +172,9 @@ async fn who_can_not_be_asked_about_is_told_to_come_again() {
         .await;
     let make = ["create", "token", "operator", "--namespace", "doors", "--audience=cloister-api"];
     let token = cluster.kubectl(&make).await.trim().to_owned();
+    let own = cluster.kubectl(&["get", "namespace", "kube-system", "--output=jsonpath={.metadata.uid}"]).await;
     let ask = async || {
-        let request = http().put(format!("{}/operator/v1/clusters/c", app.runtime_url()));
+        let request = http().put(format!("{}/operator/v1/clusters/{own}", app.runtime_url()));
         let request = request.header(VERSION_HEADER, VERSION).bearer_auth(&token).json(&json!({"objects": []}));
         request.send().await.unwrap().status().as_u16()
     };
