@@ -4,7 +4,6 @@
 pub mod definition;
 pub mod mirror;
 
-use std::fmt::Debug;
 use std::sync::Arc;
 
 use crds::Tenant;
@@ -22,7 +21,6 @@ use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, Client, ResourceExt};
 use metrics::counter;
-use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -87,26 +85,17 @@ impl Cluster {
         stopping: &CancellationToken,
     ) -> Arc<Self> {
         let (tenants, tenants_writer) = reflector::store();
-        let (namespaces, namespaces_writer) = mirror::mirror();
-        let (quotas, quotas_writer) = mirror::mirror();
-        let (limits, limits_writer) = mirror::mirror();
-        let (policies, policies_writer) = mirror::mirror();
-        let (accounts, accounts_writer) = mirror::mirror();
-        let (secrets, secrets_writer) = mirror::mirror();
-        let (deployments, deployments_writer) = mirror::mirror();
-        let (budgets, budgets_writer) = mirror::mirror();
-        let (endpoints, endpoints_writer) = mirror::mirror();
         let cluster = Arc::new(Self {
             tenants,
-            namespaces,
-            quotas,
-            limits,
-            policies,
-            accounts,
-            secrets,
-            deployments,
-            budgets,
-            endpoints,
+            namespaces: Mirror::default(),
+            quotas: Mirror::default(),
+            limits: Mirror::default(),
+            policies: Mirror::default(),
+            accounts: Mirror::default(),
+            secrets: Mirror::default(),
+            deployments: Mirror::default(),
+            budgets: Mirror::default(),
+            endpoints: Mirror::default(),
             triggers,
             namespace_prefix: settings.namespace_prefix.clone(),
         });
@@ -115,23 +104,23 @@ impl Cluster {
         let all = paged();
         let ours = all.clone().fields(&format!("metadata.name={NAME}"));
         watch.tenants(tenants_writer, forget);
-        watch.children(Api::all(client.clone()), all.clone(), namespaces_writer, |it| &it.namespaces);
-        watch.children(Api::all(client.clone()), ours.clone(), quotas_writer, |it| &it.quotas);
-        watch.children(Api::all(client.clone()), ours.clone(), limits_writer, |it| &it.limits);
-        watch.children(Api::all(client.clone()), all, policies_writer, |it| &it.policies);
-        watch.children(Api::all(client.clone()), ours.clone(), accounts_writer, |it| &it.accounts);
-        watch.children(Api::all(client.clone()), ours.clone(), secrets_writer, |it| &it.secrets);
-        watch.children(Api::all(client.clone()), ours.clone(), deployments_writer, |it| &it.deployments);
-        watch.children(Api::all(client.clone()), ours, budgets_writer, |it| &it.budgets);
+        watch.children(Api::all(client.clone()), all.clone(), |it| &it.namespaces);
+        watch.children(Api::all(client.clone()), ours.clone(), |it| &it.quotas);
+        watch.children(Api::all(client.clone()), ours.clone(), |it| &it.limits);
+        watch.children(Api::all(client.clone()), all, |it| &it.policies);
+        watch.children(Api::all(client.clone()), ours.clone(), |it| &it.accounts);
+        watch.children(Api::all(client.clone()), ours.clone(), |it| &it.secrets);
+        watch.children(Api::all(client.clone()), ours.clone(), |it| &it.deployments);
+        watch.children(Api::all(client.clone()), ours, |it| &it.budgets);
         let kubernetes = paged().fields("metadata.name=kubernetes");
         let default = Api::namespaced(client.clone(), "default");
-        watch.children(default, kubernetes, endpoints_writer, |it| &it.endpoints);
+        watch.children(default, kubernetes, |it| &it.endpoints);
         cluster
     }
 
     /// Waits until each kind was listed once.
     pub async fn wait_until_listed(&self) {
-        // A writer that is gone means that the operator stops.
+        // A watch that is gone means that the operator stops.
         let _ = tokio::join!(
             self.tenants.wait_until_ready(),
             self.namespaces.wait_until_listed(),
@@ -166,11 +155,7 @@ impl Cluster {
 
     /// Names of network policies in this namespace that are not ours.
     pub fn foreign_policies(&self, namespace: &str) -> Vec<String> {
-        let policies = self.policies.in_namespace(namespace);
-        let mut names: Vec<String> =
-            policies.iter().map(|policy| policy.name_any()).filter(|name| name != NAME).collect();
-        names.sort();
-        names
+        self.policies.names_in(namespace).into_iter().filter(|name| name != NAME).collect()
     }
 
     /// Namespaces that bear our label and belong to no tenant that there is.
@@ -245,16 +230,11 @@ impl Watch {
         });
     }
 
-    fn children<K>(
-        &self,
-        api: Api<K>,
-        config: Config,
-        writer: reflector::store::Writer<K>,
-        mirror: impl Fn(&Cluster) -> &Mirror<K> + Send + Sync + 'static,
-    ) where
-        K: Kept<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+    fn children<K>(&self, api: Api<K>, config: Config, mirror: impl Fn(&Cluster) -> &Mirror<K> + Send + Sync + 'static)
+    where
+        K: Kept,
     {
-        let stream = watcher(api, config).modify(slim).reflect(writer);
+        let stream = watcher(api, config).modify(slim);
         let cluster = self.cluster.clone();
         self.run(&K::kind(&()), stream.default_backoff(), move |event| {
             mirror(&cluster).saw(&event);

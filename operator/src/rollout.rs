@@ -1,10 +1,9 @@
 //! A new runtime image reaches a few tenants at once, so that one that doesn't start stops there.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use k8s_openapi::api::apps::v1::Deployment;
-use kube::ResourceExt;
 
 /// Who is getting the new image.
 pub struct Rollouts {
@@ -19,17 +18,17 @@ impl Rollouts {
         Self { max, admitted: Mutex::default() }
     }
 
-    /// Whether this namespace may get `image` now. `deployments` are those of all tenants.
-    pub fn admits(&self, namespace: &str, image: &str, deployments: &[Arc<Deployment>]) -> bool {
+    /// Whether this namespace may get `image` now. `all` are all tenants' workers, by their namespaces.
+    pub fn admits(&self, namespace: &str, image: &str, all: &[(String, Progress)]) -> bool {
         let mut admitted = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
         let mut rolling = HashSet::new();
         let mut settled = HashSet::new();
-        for deployment in deployments.iter().filter(|deployment| self::image(deployment) == Some(image)) {
-            let names = if is_complete(deployment) { &mut settled } else { &mut rolling };
-            names.insert(deployment.namespace().unwrap_or_default());
+        for (namespace, progress) in all.iter().filter(|(_, progress)| progress.image.as_deref() == Some(image)) {
+            let names = if progress.is_complete { &mut settled } else { &mut rolling };
+            names.insert(namespace.clone());
         }
         // One that is gone is done as well.
-        let exists = |namespace: &String| deployments.iter().any(|it| it.namespace().as_ref() == Some(namespace));
+        let exists = |namespace: &String| all.iter().any(|(other, _)| other == namespace);
         admitted.retain(|namespace| !settled.contains(namespace) && exists(namespace));
         rolling.extend(admitted.iter().cloned());
         if !rolling.contains(namespace) && rolling.len() >= self.max {
@@ -37,6 +36,22 @@ impl Rollouts {
         }
         admitted.insert(namespace.to_owned());
         true
+    }
+}
+
+/// How far a tenant's workers are with an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// The image that they are to have.
+    pub image: Option<String>,
+    /// Whether all have it, and are ready.
+    pub is_complete: bool,
+}
+
+impl Progress {
+    /// As a Deployment tells it.
+    pub fn of(deployment: &Deployment) -> Self {
+        Self { image: image(deployment).map(str::to_owned), is_complete: is_complete(deployment) }
     }
 }
 
@@ -62,7 +77,7 @@ mod tests {
 
     use super::*;
 
-    fn deployment(namespace: &str, image: &str, ready: i32) -> Arc<Deployment> {
+    fn deployment(namespace: &str, image: &str, ready: i32) -> (String, Progress) {
         let container = json!({"name": "runtime", "image": image});
         let value = json!({
             "metadata": {"name": "cloister-runtime", "namespace": namespace, "generation": 2},
@@ -73,7 +88,7 @@ mod tests {
             },
             "status": {"observedGeneration": 2, "replicas": 1, "updatedReplicas": 1, "readyReplicas": ready},
         });
-        Arc::new(serde_json::from_value(value).unwrap())
+        (namespace.to_owned(), Progress::of(&serde_json::from_value(value).unwrap()))
     }
 
     #[test]

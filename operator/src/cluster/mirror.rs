@@ -1,8 +1,8 @@
 //! A kind's objects as they are: as last watched, or as last written where the watch hasn't caught up.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use crds::Tenant;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -11,59 +11,94 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::PartialObjectMeta;
-use kube::runtime::reflector::store::Writer;
-use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::Event;
 use kube::{Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+
+use crate::rollout::Progress;
 
 /// Namespace (empty for a cluster-wide kind) and name.
 type Key = (String, String);
 
-/// A kind's objects.
-pub struct Mirror<K: Resource<DynamicType = ()> + Clone + 'static> {
-    store: Store<K>,
+/// A kind's objects, each packed: there are ten for every tenant, few are looked at at once, and unpacked they take five
+/// times the memory.
+pub struct Mirror<K: Kept> {
+    watched: RwLock<Watched<K>>,
+    is_listed: watch::Sender<bool>,
     /// What was written since and hasn't come back.
     written: Mutex<HashMap<Key, Arc<K>>>,
 }
 
-/// A mirror, and what fills it.
-pub fn mirror<K: Resource<DynamicType = ()> + Clone + 'static>() -> (Mirror<K>, Writer<K>) {
-    let (store, writer) = reflector::store();
-    (Mirror { store, written: Mutex::default() }, writer)
+struct Watched<K: Kept> {
+    objects: BTreeMap<Key, Packed<K>>,
+    /// Those of a list that isn't complete yet.
+    listing: BTreeMap<Key, Packed<K>>,
 }
 
-impl<K: Kept<DynamicType = ()> + Clone + Debug + 'static> Mirror<K> {
+/// An object as JSON.
+struct Packed<K: Kept> {
+    version: u128,
+    json: Box<[u8]>,
+    summary: K::Summary,
+}
+
+impl<K: Kept> Packed<K> {
+    fn of(object: &K) -> Self {
+        let json = serde_json::to_vec(object).unwrap_or_else(|error| {
+            tracing::error!(kind = %K::kind(&()), %error, "an object can't be kept");
+            Vec::new()
+        });
+        Self { version: version(object), json: json.into_boxed_slice(), summary: object.summary() }
+    }
+
+    fn unpack(&self) -> Option<Arc<K>> {
+        serde_json::from_slice(&self.json).ok().map(Arc::new)
+    }
+}
+
+impl<K: Kept> Default for Mirror<K> {
+    fn default() -> Self {
+        let watched = Watched { objects: BTreeMap::new(), listing: BTreeMap::new() };
+        Self { watched: RwLock::new(watched), is_listed: watch::Sender::new(false), written: Mutex::default() }
+    }
+}
+
+impl<K: Kept> Mirror<K> {
     /// Waits until the kind was listed once.
     pub async fn wait_until_listed(&self) {
-        // Only fails when the watch is gone, which is when the operator stops.
-        let _ = self.store.wait_until_ready().await;
+        // The other end is here.
+        let _ = self.is_listed.subscribe().wait_for(|is_listed| *is_listed).await;
     }
 
     /// The object.
     pub fn get(&self, namespace: Option<&str>, name: &str) -> Option<Arc<K>> {
-        let reference = ObjectRef::new(name);
-        let reference = match namespace {
-            Some(namespace) => reference.within(namespace),
-            None => reference,
-        };
-        let watched = self.store.get(&reference);
         let key = (namespace.unwrap_or_default().to_owned(), name.to_owned());
+        let watched = self.watched();
+        let watched = watched.objects.get(&key);
         match self.written().get(&key) {
-            Some(written) if watched.as_deref().is_none_or(|it| version(it) < version(written.as_ref())) => {
-                Some(written.clone())
-            }
-            _ => watched,
+            Some(written) if watched.is_none_or(|it| it.version < version(written.as_ref())) => Some(written.clone()),
+            _ => watched.and_then(Packed::unpack),
         }
     }
 
     /// Every object that was watched.
     pub fn all(&self) -> Vec<Arc<K>> {
-        self.store.state()
+        self.watched().objects.values().filter_map(Packed::unpack).collect()
     }
 
-    /// The objects in a namespace that were watched.
-    pub fn in_namespace(&self, namespace: &str) -> Vec<Arc<K>> {
-        self.store.state_filter(|object| object.meta().namespace.as_deref() == Some(namespace))
+    /// The namespace and the summary of every object that was watched.
+    pub fn summaries(&self) -> Vec<(String, K::Summary)> {
+        let watched = self.watched();
+        watched.objects.iter().map(|((namespace, _), packed)| (namespace.clone(), packed.summary.clone())).collect()
+    }
+
+    /// The names of the objects in a namespace that were watched, in order.
+    pub fn names_in(&self, namespace: &str) -> Vec<String> {
+        let watched = self.watched();
+        let from = watched.objects.range((namespace.to_owned(), String::new())..);
+        from.map(|(key, _)| key).take_while(|key| key.0 == namespace).map(|key| key.1.clone()).collect()
     }
 
     /// Keeps what the API server answered to a write, until the watch tells of it or of something later.
@@ -72,20 +107,39 @@ impl<K: Kept<DynamicType = ()> + Clone + Debug + 'static> Mirror<K> {
         self.written().insert(key(&object), Arc::new(object));
     }
 
-    /// Lets go of what was written and has come back.
+    /// Takes in what the watch tells, and lets go of what was written and has come back.
     pub fn saw(&self, event: &Event<K>) {
+        let mut watched = self.watched.write().unwrap_or_else(PoisonError::into_inner);
         match event {
-            Event::Apply(object) | Event::Delete(object) => {
-                let mut written = self.written();
-                let key = key(object);
-                // A deletion has a version of its own, later than each write before it.
-                if written.get(&key).is_some_and(|it| version(it.as_ref()) <= version(object)) {
-                    written.remove(&key);
-                }
+            Event::Apply(object) => {
+                watched.objects.insert(key(object), Packed::of(object));
+                self.came_back(object);
             }
-            Event::InitDone => self.written().clear(),
-            Event::Init | Event::InitApply(_) => {}
+            Event::Delete(object) => {
+                watched.objects.remove(&key(object));
+                // A deletion has a version of its own, later than each write before it.
+                self.came_back(object);
+            }
+            Event::Init => watched.listing.clear(),
+            Event::InitApply(object) => drop(watched.listing.insert(key(object), Packed::of(object))),
+            Event::InitDone => {
+                watched.objects = std::mem::take(&mut watched.listing);
+                self.written().clear();
+                self.is_listed.send_replace(true);
+            }
         }
+    }
+
+    fn came_back(&self, object: &K) {
+        let mut written = self.written();
+        let key = key(object);
+        if written.get(&key).is_some_and(|it| version(it.as_ref()) <= version(object)) {
+            written.remove(&key);
+        }
+    }
+
+    fn watched(&self) -> RwLockReadGuard<'_, Watched<K>> {
+        self.watched.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn written(&self) -> MutexGuard<'_, HashMap<Key, Arc<K>>> {
@@ -103,35 +157,50 @@ fn version<K: Resource>(object: &K) -> u128 {
 }
 
 /// A kind of which is kept what a look at a tenant needs.
-pub trait Kept: Resource {
+pub trait Kept:
+    Resource<DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned + Send + Sync + 'static
+{
+    /// What is looked at of all objects at once.
+    type Summary: Clone + Send + Sync;
+
+    /// Sums the object up.
+    fn summary(&self) -> Self::Summary;
+
     /// Leaves out a status that nobody here looks at.
     fn forget_status(&mut self) {}
 }
 
 macro_rules! kept {
-    ($($kind:ty),+) => {$(impl Kept for $kind {})+};
+    ($($kind:ty $(: without $status:ident)?),+) => {$(
+        impl Kept for $kind {
+            type Summary = ();
+
+            fn summary(&self) {}
+
+            $(fn forget_status(&mut self) {
+                self.$status = None;
+            })?
+        }
+    )+};
 }
 
 kept!(
     Tenant,
     Namespace,
+    ResourceQuota: without status,
     LimitRange,
     NetworkPolicy,
     ServiceAccount,
     PartialObjectMeta<Secret>,
-    Deployment,
+    PodDisruptionBudget: without status,
     EndpointSlice
 );
 
-impl Kept for ResourceQuota {
-    fn forget_status(&mut self) {
-        self.status = None;
-    }
-}
+impl Kept for Deployment {
+    type Summary = Progress;
 
-impl Kept for PodDisruptionBudget {
-    fn forget_status(&mut self) {
-        self.status = None;
+    fn summary(&self) -> Progress {
+        Progress::of(self)
     }
 }
 
@@ -149,10 +218,19 @@ pub fn slim<K: Kept>(object: &mut K) {
 #[cfg(test)]
 mod tests {
     use k8s_openapi::api::core::v1::{ResourceQuotaStatus, ServiceAccount};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::{FieldsV1, ManagedFieldsEntry};
+    use k8s_openapi::jiff::Timestamp;
     use kube::api::ObjectMeta;
+    use serde_json::json;
 
     use super::*;
+    use crate::build::NAME;
+    use crate::build::network::build_network_policy;
+    use crate::build::workload::build_deployment;
+    use crate::settings::Settings;
+    use crate::wanted::Addresses;
+    use crate::wanted::samples::wanted;
 
     fn account(version: &str) -> ServiceAccount {
         ServiceAccount {
@@ -170,20 +248,15 @@ mod tests {
         mirror.get(Some("n"), "a").and_then(|object| object.resource_version())
     }
 
-    fn see(mirror: &Mirror<ServiceAccount>, writer: &mut Writer<ServiceAccount>, event: Event<ServiceAccount>) {
-        writer.apply_watcher_event(&event);
-        mirror.saw(&event);
-    }
-
     #[test]
     fn what_was_written_counts_until_the_watch_has_it() {
-        let (mirror, mut writer) = mirror();
-        see(&mirror, &mut writer, Event::Apply(account("9")));
+        let mirror = Mirror::default();
+        mirror.saw(&Event::Apply(account("9")));
         mirror.wrote(account("10"));
         assert_eq!(version_of(&mirror).as_deref(), Some("10"));
-        see(&mirror, &mut writer, Event::Apply(account("9")));
+        mirror.saw(&Event::Apply(account("9")));
         assert_eq!(version_of(&mirror).as_deref(), Some("10"));
-        see(&mirror, &mut writer, Event::Apply(account("12")));
+        mirror.saw(&Event::Apply(account("12")));
         assert_eq!(version_of(&mirror).as_deref(), Some("12"));
         assert!(mirror.written().is_empty());
     }
@@ -204,14 +277,47 @@ mod tests {
 
     #[test]
     fn what_was_deleted_since_is_gone() {
-        let (mirror, mut writer) = mirror();
+        let mirror = Mirror::default();
         mirror.wrote(account("10"));
-        see(&mirror, &mut writer, Event::Apply(account("10")));
+        mirror.saw(&Event::Apply(account("10")));
         mirror.wrote(account("11"));
-        see(&mirror, &mut writer, Event::Delete(account("12")));
+        mirror.saw(&Event::Delete(account("12")));
         assert_eq!(version_of(&mirror), None);
         mirror.wrote(account("13"));
-        see(&mirror, &mut writer, Event::InitDone);
+        mirror.saw(&Event::InitDone);
         assert_eq!(version_of(&mirror), None);
+    }
+
+    #[test]
+    fn an_object_comes_out_as_it_went_in() {
+        let wanted = wanted(json!({"runtime": {"nodeSelector": {"a": "b"}, "resources": {"limits": {"cpu": "2"}}}}));
+        let mut deployment = build_deployment(&wanted, &Settings::sample(), 3);
+        deployment.metadata.creation_timestamp = Some(Time(Timestamp::from_second(1_800_000_000).unwrap()));
+        let mirror = Mirror::default();
+        mirror.saw(&Event::Apply(deployment.clone()));
+        assert_eq!(mirror.get(Some(&wanted.namespace), NAME).as_deref(), Some(&deployment));
+        let policy = build_network_policy(&wanted, &Settings::sample(), &Addresses::default());
+        let mirror = Mirror::default();
+        mirror.saw(&Event::Apply(policy.clone()));
+        assert_eq!(mirror.get(Some(&wanted.namespace), NAME).as_deref(), Some(&policy));
+        assert_eq!(mirror.names_in(&wanted.namespace), [NAME]);
+        assert_eq!(mirror.names_in("tenant"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_list_counts_once_it_is_complete() {
+        let mirror = Mirror::default();
+        mirror.saw(&Event::Apply(account("1")));
+        mirror.saw(&Event::Init);
+        assert_eq!(version_of(&mirror).as_deref(), Some("1"));
+        mirror.saw(&Event::InitApply(account("2")));
+        assert_eq!(version_of(&mirror).as_deref(), Some("1"));
+        mirror.saw(&Event::InitDone);
+        assert_eq!(version_of(&mirror).as_deref(), Some("2"));
+        // What is in no list any more is gone.
+        mirror.saw(&Event::Init);
+        mirror.saw(&Event::InitDone);
+        assert_eq!(version_of(&mirror), None);
+        assert!(mirror.all().is_empty() && *mirror.is_listed.borrow());
     }
 }

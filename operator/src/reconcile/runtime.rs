@@ -118,7 +118,7 @@ fn must_wait(operator: &Operator, live: &Arc<Deployment>, desired: &Deployment, 
     if image(live) == image(desired) || replicas == 0 || is_foreign(&live.metadata) {
         return false;
     }
-    !operator.rollouts.admits(namespace, &operator.settings.runtime_image, &operator.cluster.deployments.all())
+    !operator.rollouts.admits(namespace, &operator.settings.runtime_image, &operator.cluster.deployments.summaries())
 }
 
 fn keep_template(desired: &mut Deployment, live: &Deployment) {
