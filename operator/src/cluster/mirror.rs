@@ -77,8 +77,10 @@ impl<K: Kept> Mirror<K> {
         let key = (namespace.unwrap_or_default().to_owned(), name.to_owned());
         let watched = self.watched();
         let watched = watched.objects.get(&key);
-        match self.written().get(&key) {
-            Some(written) if watched.is_none_or(|it| it.version < version(written.as_ref())) => Some(written.clone()),
+        // Unpacked below without the lock, which all looks share.
+        let written = self.written().get(&key).cloned();
+        match written {
+            Some(written) if watched.is_none_or(|it| it.version < version(written.as_ref())) => Some(written),
             _ => watched.and_then(Packed::unpack),
         }
     }
@@ -109,10 +111,15 @@ impl<K: Kept> Mirror<K> {
 
     /// Takes in what the watch tells, and lets go of what was written and has come back.
     pub fn saw(&self, event: &Event<K>) {
+        // Packed before the lock is taken: looks go on meanwhile.
+        let packed = match event {
+            Event::Apply(object) | Event::InitApply(object) => Some((key(object), Packed::of(object))),
+            Event::Delete(_) | Event::Init | Event::InitDone => None,
+        };
         let mut watched = self.watched.write().unwrap_or_else(PoisonError::into_inner);
         match event {
             Event::Apply(object) => {
-                watched.objects.insert(key(object), Packed::of(object));
+                watched.objects.extend(packed);
                 self.came_back(object);
             }
             Event::Delete(object) => {
@@ -121,7 +128,7 @@ impl<K: Kept> Mirror<K> {
                 self.came_back(object);
             }
             Event::Init => watched.listing.clear(),
-            Event::InitApply(object) => drop(watched.listing.insert(key(object), Packed::of(object))),
+            Event::InitApply(_) => watched.listing.extend(packed),
             Event::InitDone => {
                 watched.objects = std::mem::take(&mut watched.listing);
                 self.written().clear();
@@ -218,8 +225,7 @@ pub fn slim<K: Kept>(object: &mut K) {
 #[cfg(test)]
 mod tests {
     use k8s_openapi::api::core::v1::{ResourceQuotaStatus, ServiceAccount};
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{FieldsV1, ManagedFieldsEntry};
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::{FieldsV1, ManagedFieldsEntry, Time};
     use k8s_openapi::jiff::Timestamp;
     use kube::api::ObjectMeta;
     use serde_json::json;

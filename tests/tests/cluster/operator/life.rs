@@ -6,7 +6,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use cloister_tests::ids::uuid_of;
-use cloister_tests::{Reply, ToolServer, Worker};
+use cloister_tests::{Reply, ToolServer, Worker, WorkerBuilder};
 use entity::{TenantOwned, cluster_tenants, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, DatabaseConnection, IntoActiveModel};
@@ -21,9 +21,13 @@ use crate::support::{mutate, name};
 
 /// A worker as it would run in the tenant's namespace: with the token of its Secret.
 async fn worker(platform: &Platform, name: &str) -> Worker {
+    worker_builder(platform, name).await.start().await
+}
+
+async fn worker_builder(platform: &Platform, name: &str) -> WorkerBuilder {
     let secret = platform.get(&child_path(name, "secrets")).await.expect("the Secret");
     let token = BASE64_STANDARD.decode(secret["data"]["token"].as_str().unwrap()).unwrap();
-    Worker::builder(&platform.app, &String::from_utf8(token).unwrap()).start().await
+    Worker::builder(&platform.app, &String::from_utf8(token).unwrap())
 }
 
 async fn replicas(platform: &Platform, name: &str) -> Value {
@@ -140,9 +144,8 @@ async fn a_webhook_in_a_network_that_is_opened_is_called_by_the_tenants_workers(
     let pod = platform.get(&child_path(&name, "deployments")).await.unwrap()["spec"]["template"]["spec"].clone();
     let variables = pod["containers"][0]["env"].as_array().unwrap();
     let nets = variables.iter().find(|it| it["name"] == "CLOISTER_RUNTIME__ALLOWED_NETS").unwrap();
-    let secret = platform.get(&child_path(&name, "secrets")).await.expect("the Secret");
-    let token = BASE64_STANDARD.decode(secret["data"]["token"].as_str().unwrap()).unwrap();
-    let _worker = Worker::builder(&platform.app, &String::from_utf8(token).unwrap())
+    let _worker = worker_builder(platform, &name)
+        .await
         .env("CLOISTER_RUNTIME__ALLOWED_HOSTS", "nobody.example")
         .env("CLOISTER_RUNTIME__ALLOWED_NETS", nets["value"].as_str().unwrap())
         .start()
