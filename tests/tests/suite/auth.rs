@@ -484,8 +484,7 @@ async fn the_admin_key_is_made_once_and_only_its_hash_is_kept(builder: TestAppBu
         crate::config::Served::start(command).await
     };
     let first = serve().await;
-    let shown = first.stderr();
-    let line = shown.lines().find(|line| line.contains("admin's key")).unwrap_or_else(|| panic!("{shown}"));
+    let line = first.stderr_line("admin's key").await;
     let key = line.rsplit(' ').next().unwrap().to_owned();
     assert!(key.starts_with("clo_") && key.len() == 55, "{line}");
     assert!(!first.stdout().contains(&key));
@@ -495,9 +494,8 @@ async fn the_admin_key_is_made_once_and_only_its_hash_is_kept(builder: TestAppBu
     assert_eq!(Client::new(&first.url(), &app.admin_key).query(WHO, json!({})).await.status, 401);
     first.end().await;
     let second = serve().await;
-    assert_eq!(second.stderr(), "");
     assert_eq!(Client::new(&second.url(), &key).query(WHO, json!({})).await.status, 200);
-    second.end().await;
+    assert_eq!(second.end().await, "", "the key is shown once");
     let kept = strings(&app.database().await, "SELECT key_hash AS t FROM admin_keys").await;
     assert_eq!(kept.len(), 1);
     assert!(kept[0].len() == 64 && kept[0].bytes().all(|byte| byte.is_ascii_hexdigit()), "{kept:?}");

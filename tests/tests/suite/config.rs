@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use crate::both::on_both;
 use crate::calls::eventually;
@@ -25,6 +26,7 @@ pub struct Served {
     address: String,
     stdout: Arc<Mutex<String>>,
     stderr: Arc<Mutex<String>>,
+    stderr_read: JoinHandle<()>,
 }
 
 impl Served {
@@ -51,14 +53,14 @@ impl Served {
         });
         let mut pipe = child.stderr.take().expect("piped");
         let shown = stderr.clone();
-        tokio::spawn(async move {
+        let stderr_read = tokio::spawn(async move {
             let mut bytes = [0; 1024];
             while let Ok(count @ 1..) = pipe.read(&mut bytes).await {
                 shown.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..count]));
             }
         });
         let address = tokio::time::timeout(PATIENCE, heard).await.expect("it listens").expect("it listens");
-        Served { child, address, stdout, stderr }
+        Served { child, address, stdout, stderr, stderr_read }
     }
 
     pub fn url(&self) -> String {
@@ -73,9 +75,28 @@ impl Served {
         self.stderr.lock().unwrap().clone()
     }
 
-    /// Kills it and waits until it is gone.
-    pub async fn end(mut self) {
+    /// The line of its stderr that holds `text`, once it has been read: the two pipes are read apart.
+    pub async fn stderr_line(&self, text: &str) -> String {
+        let line = async {
+            loop {
+                let shown = self.stderr();
+                let whole = shown.split_inclusive('\n').find(|line| line.contains(text) && line.ends_with('\n'));
+                if let Some(line) = whole {
+                    return line.trim_end().to_owned();
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let line = tokio::time::timeout(PATIENCE, line).await;
+        line.unwrap_or_else(|_| panic!("no line with {text:?} in {:?}", self.stderr()))
+    }
+
+    /// Kills it and waits until it is gone and all that it wrote to stderr is read, which is returned.
+    pub async fn end(mut self) -> String {
         self.child.kill().await.expect("it is killed");
+        tokio::time::timeout(PATIENCE, self.stderr_read).await.expect("its stderr ends").expect("it is read");
+        let shown = self.stderr.lock().unwrap();
+        shown.clone()
     }
 }
 
