@@ -24,6 +24,8 @@ pub struct Model {
     pub agent_name: String,
     /// The turn; none outside one.
     pub turn: Option<i32>,
+    /// The nested run it belongs to; none for the run itself.
+    pub scope: Option<String>,
     /// The runtime's `Body`.
     pub body: Json,
     /// When it was stored.

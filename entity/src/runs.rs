@@ -58,6 +58,8 @@ pub struct Model {
     pub input: String,
     /// The final text.
     pub output: Option<String>,
+    /// The final value of an agent with an output schema.
+    pub output_json: Option<Json>,
     /// Why it failed, as the runtime's `RunErrorCode`.
     pub error_code: Option<String>,
     /// Why it failed, for people.
@@ -97,6 +99,10 @@ pub struct Model {
     pub finished_at: Option<DateTimeUtc>,
     /// The worker apart that claimed it last, by the name that it gave; none: the api's own pool.
     pub worker: Option<String>,
+    /// When it fails unless somebody has decided; none unless it waits for an approval.
+    pub waits_until: Option<DateTimeUtc>,
+    /// The most items of its conversation that it is shown, in whole turns; none: all.
+    pub history_limit: Option<i32>,
 }
 
 impl ActiveModelBehavior for ActiveModel {}

@@ -10,6 +10,7 @@ use sea_orm_migration::seaql_migrations;
 mod m20261124_000001_foundation;
 mod m20261125_000002_distributed;
 mod m20261126_000003_cluster;
+mod m20261129_000004_agents;
 pub mod partitions;
 
 /// All migrations in their order.
@@ -22,6 +23,7 @@ impl MigratorTrait for Migrator {
             Box::new(m20261124_000001_foundation::Migration),
             Box::new(m20261125_000002_distributed::Migration),
             Box::new(m20261126_000003_cluster::Migration),
+            Box::new(m20261129_000004_agents::Migration),
         ]
     }
 

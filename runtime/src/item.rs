@@ -2,8 +2,11 @@
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
+
+use crate::spec::GuardrailStage;
 
 /// A durable step of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,6 +27,9 @@ pub struct Step {
     pub agent_name: String,
     /// The turn it belongs to, from 1; none outside a turn.
     pub turn: Option<u32>,
+    /// The nested run it belongs to, by the way that leads there (see [`crate::run`]); none for the run itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<String>,
     /// What happened.
     #[serde(flatten)]
     pub body: Body,
@@ -52,6 +58,9 @@ pub enum Body {
         role: Role,
         /// The whole text.
         text: String,
+        /// The provider's own item, where it must be sent back as it came (Responses API).
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
     },
     /// What a reasoning model thought.
     Reasoning {
@@ -59,6 +68,9 @@ pub enum Body {
         index: u32,
         /// The whole text.
         text: String,
+        /// The provider's own item, where it must be sent back as it came.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
     },
     /// The model asked for a tool or a handoff.
     ToolCall {
@@ -72,6 +84,37 @@ pub enum Body {
         arguments: String,
         /// [`arguments_hash`] of them.
         arguments_hash: String,
+        /// Whether the provider ran the tool itself: nobody else answers the call.
+        #[serde(default, skip_serializing_if = "is_false")]
+        is_hosted: bool,
+        /// The provider's own item, where it must be sent back as it came.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
+    },
+    /// A call waits for a decision, or was decided.
+    Approval {
+        /// The call.
+        call_id: String,
+        /// None: asked, not decided.
+        approved: Option<bool>,
+        /// Whether later calls of this tool by this agent are decided alike.
+        #[serde(default, skip_serializing_if = "is_false")]
+        always: bool,
+        /// What the model is told in place of the tool's output when it was rejected.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        message: Option<String>,
+    },
+    /// A guardrail tripped.
+    Guardrail {
+        /// Its name.
+        name: String,
+        /// What it looked at.
+        stage: GuardrailStage,
+        /// Why it tripped.
+        reason: String,
+        /// At the tool stages: the call.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        call_id: Option<String>,
     },
     /// A tool's answer, as the model is told it.
     ToolOutput {
@@ -99,6 +142,9 @@ pub enum Body {
         model: String,
         /// The tokens.
         usage: TokenUsage,
+        /// In a nested run, which has no status of its own: why its response can't be used.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        failure: Option<RunError>,
     },
     /// The run changed its state.
     Status {
@@ -108,6 +154,9 @@ pub enum Body {
         error: Option<RunError>,
         /// The final text, with SUCCEEDED.
         output: Option<String>,
+        /// The final value of an agent with an output schema, with SUCCEEDED.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output_json: Option<Value>,
     },
 }
 
@@ -119,7 +168,7 @@ impl Body {
 
     /// A change of state with nothing more to say.
     pub fn status(status: RunStatus) -> Self {
-        Body::Status { status, error: None, output: None }
+        Body::Status { status, error: None, output: None, output_json: None }
     }
 
     /// The end of a run that failed.
@@ -128,8 +177,13 @@ impl Body {
             status: RunStatus::Failed,
             error: Some(RunError { code, message: storable(message.into()) }),
             output: None,
+            output_json: None,
         }
     }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A text that came from outside, as a journal can hold it: PostgreSQL has no NUL.
@@ -225,7 +279,8 @@ impl TokenUsage {
     }
 }
 
-/// What a model call is given of what went before: the transcript without our bookkeeping.
+/// What a model call is given of what went before: the transcript without our bookkeeping. `raw` is the provider's own
+/// item, as it came over the Responses API; an item without one was made by Chat Completions, or by us.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum InputItem {
@@ -238,6 +293,17 @@ pub enum InputItem {
     Assistant {
         /// The text.
         text: String,
+        /// See [`InputItem`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
+    },
+    /// What a reasoning model thought.
+    Reasoning {
+        /// The text.
+        text: String,
+        /// See [`InputItem`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
     },
     /// A call the model made.
     ToolCall {
@@ -247,6 +313,14 @@ pub enum InputItem {
         name: String,
         /// The arguments as the model wrote them.
         arguments: String,
+        /// See [`InputItem`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
+    },
+    /// A call of a tool that the provider ran itself.
+    HostedCall {
+        /// See [`InputItem`].
+        raw: Value,
     },
     /// The answer to a call, a handoff's included.
     ToolOutput {
@@ -254,6 +328,11 @@ pub enum InputItem {
         call_id: String,
         /// The text.
         output: String,
+    },
+    /// What was said before a handoff, in one message of an assistant (`nestHistory`).
+    Summary {
+        /// The text.
+        text: String,
     },
 }
 
@@ -272,14 +351,23 @@ pub fn transcript<'a>(steps: impl IntoIterator<Item = &'a Step> + Clone) -> Vec<
         .into_iter()
         .filter_map(|step| match &step.body {
             Body::Message { role: Role::User, text, .. } => Some(InputItem::User { text: text.clone() }),
-            Body::Message { role: Role::Assistant, text, .. } => Some(InputItem::Assistant { text: text.clone() }),
-            Body::ToolCall { call_id, name, arguments, .. } => answered.contains(call_id.as_str()).then(|| {
-                InputItem::ToolCall { call_id: call_id.clone(), name: name.clone(), arguments: arguments.clone() }
-            }),
+            Body::Message { role: Role::Assistant, text, raw, .. } => {
+                Some(InputItem::Assistant { text: text.clone(), raw: raw.clone() })
+            }
+            Body::ToolCall { is_hosted: true, raw, .. } => Some(InputItem::HostedCall { raw: raw.clone()? }),
+            Body::ToolCall { call_id, name, arguments, raw, .. } => {
+                answered.contains(call_id.as_str()).then(|| InputItem::ToolCall {
+                    call_id: call_id.clone(),
+                    name: name.clone(),
+                    arguments: arguments.clone(),
+                    raw: raw.clone(),
+                })
+            }
             Body::ToolOutput { call_id, output, .. } | Body::Handoff { call_id, output, .. } => {
                 Some(InputItem::ToolOutput { call_id: call_id.clone(), output: output.clone() })
             }
-            Body::Reasoning { .. } | Body::Usage { .. } | Body::Status { .. } => None,
+            Body::Reasoning { text, raw, .. } => Some(InputItem::Reasoning { text: text.clone(), raw: raw.clone() }),
+            Body::Approval { .. } | Body::Guardrail { .. } | Body::Usage { .. } | Body::Status { .. } => None,
         })
         .collect()
 }

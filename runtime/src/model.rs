@@ -4,10 +4,11 @@
 
 use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::item::{InputItem, RunErrorCode, TokenUsage};
 use crate::recorder::TurnRecorder;
-use crate::spec::{Lease, ReasoningEffort};
+use crate::spec::{HostedTool, Lease, OutputSchema, ReasoningEffort};
 
 /// Answers model calls, metered.
 pub trait Model: Send + Sync {
@@ -29,6 +30,8 @@ pub struct ModelCall {
     pub agent_version: Option<i32>,
     /// What the model is asked.
     pub request: ModelRequest,
+    /// Models tried in order, each with the same request, when the one before is unavailable before its first byte.
+    pub fallback_models: Vec<String>,
     /// Turns the response into the journal's items. Where the gateway and the journal share a
     /// database, it stores them in the ledger's own transaction.
     pub recorder: TurnRecorder,
@@ -44,7 +47,10 @@ pub struct ModelRequest {
     /// The conversation so far.
     pub input: Vec<InputItem>,
     /// Tools on offer, handoffs last.
-    pub tools: Vec<ToolDefinition>,
+    pub tools: Vec<Offer>,
+    /// What the final answer must be.
+    #[serde(default)]
+    pub output: Option<OutputSchema>,
     /// Sampling temperature.
     pub temperature: Option<f64>,
     /// Nucleus sampling.
@@ -57,6 +63,26 @@ pub struct ModelRequest {
     pub parallel_tool_calls: Option<bool>,
     /// How much a reasoning model thinks.
     pub reasoning_effort: Option<ReasoningEffort>,
+}
+
+impl ModelRequest {
+    /// The tools on offer that are run here, and the handoffs.
+    pub fn functions(&self) -> impl Iterator<Item = &ToolDefinition> {
+        self.tools.iter().filter_map(|offer| match offer {
+            Offer::Function(definition) => Some(definition),
+            Offer::Hosted(_) => None,
+        })
+    }
+}
+
+/// A tool on offer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Offer {
+    /// One that is run here, or a handoff.
+    Function(ToolDefinition),
+    /// One that the provider runs.
+    Hosted(HostedTool),
 }
 
 /// A tool as the model is told of it.
@@ -108,6 +134,8 @@ pub enum ModelEvent {
 /// A complete response.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelResponse {
+    /// The catalogue's name of the model that answered.
+    pub model: String,
     /// Its parts, by index.
     pub parts: Vec<Part>,
     /// Why the model stopped.
@@ -116,9 +144,10 @@ pub struct ModelResponse {
     pub usage: TokenUsage,
 }
 
-/// A part of a response. Chat Completions has no places of its own, so they are fixed:
-/// reasoning 0, the message 1, calls from 2.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A part of a response, with its place: over the Responses API that of its output item. Chat Completions has no
+/// places of its own, so they are fixed: reasoning 0, the message 1, calls from 2. `raw` is the provider's own item,
+/// where it must be sent back as it came.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Part {
     /// What the model thought.
@@ -127,6 +156,9 @@ pub enum Part {
         index: u32,
         /// The whole text.
         text: String,
+        /// See [`Part`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
     },
     /// What the model said.
     Message {
@@ -134,6 +166,9 @@ pub enum Part {
         index: u32,
         /// The whole text.
         text: String,
+        /// See [`Part`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
     },
     /// What the model said in refusing.
     Refusal {
@@ -150,6 +185,20 @@ pub enum Part {
         name: String,
         /// The arguments as the model wrote them.
         arguments: String,
+        /// See [`Part`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        raw: Option<Value>,
+    },
+    /// A call of a tool that the provider ran itself.
+    HostedCall {
+        /// Its place.
+        index: u32,
+        /// The provider's id of the item.
+        id: String,
+        /// Its type, such as `web_search_call`.
+        name: String,
+        /// See [`Part`].
+        raw: Value,
     },
 }
 

@@ -13,8 +13,6 @@ pub struct TurnRecorder {
     pub turn: u32,
     /// The agent at work.
     pub agent_name: String,
-    /// The catalogue's name of the model.
-    pub model: String,
     /// The sequence that the response's first item will have.
     pub from_sequence: i64,
     /// Call ids the run has used.
@@ -30,21 +28,37 @@ impl TurnRecorder {
             .parts
             .iter()
             .filter_map(|part| match part {
-                Part::Reasoning { index, text } => Some(Body::Reasoning { index: *index, text: text.clone() }),
-                Part::Message { index, text } => {
-                    Some(Body::Message { index: Some(*index), role: Role::Assistant, text: text.clone() })
+                Part::Reasoning { index, text, raw } => {
+                    Some(Body::Reasoning { index: *index, text: text.clone(), raw: raw.clone() })
                 }
+                Part::Message { index, text, raw } => Some(Body::Message {
+                    index: Some(*index),
+                    role: Role::Assistant,
+                    text: text.clone(),
+                    raw: raw.clone(),
+                }),
                 Part::Refusal { .. } => None,
-                Part::ToolCall { index, call_id, name, arguments } => Some(Body::ToolCall {
+                Part::ToolCall { index, call_id, name, arguments, raw } => Some(Body::ToolCall {
                     index: *index,
                     call_id: ids.assign(*index, call_id),
                     name: name.clone(),
                     arguments: arguments.clone(),
                     arguments_hash: arguments_hash(arguments),
+                    is_hosted: false,
+                    raw: raw.clone(),
+                }),
+                Part::HostedCall { index, id, name, raw } => Some(Body::ToolCall {
+                    index: *index,
+                    call_id: ids.assign(*index, id),
+                    name: name.clone(),
+                    arguments: String::new(),
+                    arguments_hash: arguments_hash(""),
+                    is_hosted: true,
+                    raw: Some(raw.clone()),
                 }),
             })
             .collect();
-        bodies.push(Body::Usage { model: self.model.clone(), usage: response.usage });
+        bodies.push(Body::Usage { model: response.model.clone(), usage: response.usage, failure: None });
         let mut steps: Vec<Step> = bodies.into_iter().map(|body| self.step(body)).collect();
         // A change of state stands outside the turn, like every other.
         steps.extend(end(response).map(|body| Step { turn: None, ..self.step(body) }));
@@ -53,7 +67,7 @@ impl TurnRecorder {
 
     /// An item of this turn.
     pub fn step(&self, body: Body) -> Step {
-        Step { agent_name: self.agent_name.clone(), turn: Some(self.turn), body }
+        Step { agent_name: self.agent_name.clone(), turn: Some(self.turn), scope: None, body }
     }
 
     /// Gives the response's calls their ids, in order.
@@ -102,7 +116,12 @@ fn end(response: &ModelResponse) -> Option<Body> {
         Part::Message { text, .. } => Some(text.clone()),
         _ => None,
     });
-    Some(Body::Status { status: RunStatus::Succeeded, error: None, output: Some(last.unwrap_or_default()) })
+    Some(Body::Status {
+        status: RunStatus::Succeeded,
+        error: None,
+        output: Some(last.unwrap_or_default()),
+        output_json: None,
+    })
 }
 
 /// Why a response ends the run as failed, if it does. Beside calls nothing does: they are handled, and the model
@@ -142,11 +161,11 @@ mod tests {
     use crate::item::TokenUsage;
 
     fn response(parts: Vec<Part>, finish: Finish) -> ModelResponse {
-        ModelResponse { parts, finish, usage: TokenUsage::default() }
+        ModelResponse { model: "m".into(), parts, finish, usage: TokenUsage::default() }
     }
 
     fn text(text: &str) -> Part {
-        Part::Message { index: 1, text: text.into() }
+        Part::Message { index: 1, text: text.into(), raw: None }
     }
 
     fn refusal() -> Part {
@@ -154,7 +173,7 @@ mod tests {
     }
 
     fn tool_call() -> Part {
-        Part::ToolCall { index: 2, call_id: "c".into(), name: "t".into(), arguments: "{}".into() }
+        Part::ToolCall { index: 2, call_id: "c".into(), name: "t".into(), arguments: "{}".into(), raw: None }
     }
 
     #[test]

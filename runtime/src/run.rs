@@ -94,7 +94,7 @@ async fn take_up(claim: Claim, ports: &Ports, hand_back: &CancellationToken) -> 
     let next_sequence = items.last().map_or(1, |item| item.sequence + 1);
     let Some(state) = State::rebuild(&spec, items) else {
         let body = Body::failed(RunErrorCode::Internal, "The run's first agent is not part of it.");
-        let step = Step { agent_name: String::new(), turn: None, body };
+        let step = Step { agent_name: String::new(), turn: None, scope: None, body };
         return append(journal, lease, next_sequence, &[step]).await.map_or_else(Outcome::from, |()| Outcome::Ended);
     };
     let in_progress = InProgress {
@@ -173,7 +173,13 @@ impl InProgress<'_> {
             Next::Append(steps) => self.append(steps).await,
             Next::AskModel(turn) => self.ask_model(turn, taken_over).await,
             Next::Succeed(output) => {
-                self.end(Body::Status { status: RunStatus::Succeeded, error: None, output: Some(output) }).await
+                self.end(Body::Status {
+                    status: RunStatus::Succeeded,
+                    error: None,
+                    output: Some(output),
+                    output_json: None,
+                })
+                .await
             }
             Next::Fail(code, message) => self.end(Body::failed(code, message)).await,
             Next::Nothing => Err(Halt::With(Outcome::Ended)),
@@ -227,10 +233,10 @@ impl InProgress<'_> {
             agent_id: agent.id,
             agent_version: agent.version,
             request: request::build(self.spec, self.history, &self.state),
+            fallback_models: agent.fallback_models.clone(),
             recorder: TurnRecorder {
                 turn,
                 agent_name: agent.name.clone(),
-                model: agent.model.clone(),
                 from_sequence: self.state.next_sequence(),
                 used_call_ids: self.state.used_call_ids().clone(),
             },

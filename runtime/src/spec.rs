@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use uuid::Uuid;
 
 use crate::item::{InputItem, Item};
@@ -14,7 +15,7 @@ pub struct RunSpec {
     pub run_id: Uuid,
     /// The agent that answers first.
     pub root: Uuid,
-    /// Every agent a handoff can lead to, `root` included.
+    /// Every agent that handoffs, agent tools and guardrails can lead to, `root` included.
     pub agents: BTreeMap<Uuid, AgentSpec>,
     /// The user's text.
     pub input: String,
@@ -31,14 +32,23 @@ pub struct AgentSpec {
     pub name: String,
     /// The name of a model in the catalogue.
     pub model: String,
-    /// The system prompt; empty means none is sent.
+    /// Models tried in order when the one before is unavailable before its first byte.
+    #[serde(default)]
+    pub fallback_models: Vec<String>,
+    /// The system prompt, its variables filled in; empty means none is sent.
     pub instructions: String,
     /// Sampling and tool choice.
     pub settings: ModelSettings,
     /// Tools in the order they are offered.
-    pub tools: Vec<WebhookTool>,
+    pub tools: Vec<Tool>,
     /// Handoffs in the order they are offered, after the tools.
     pub handoffs: Vec<Handoff>,
+    /// Checks on what goes in and comes out, in the order they are made.
+    #[serde(default)]
+    pub guardrails: Vec<Guardrail>,
+    /// What its final answer must be; none for plain text.
+    #[serde(default)]
+    pub output: Option<OutputSchema>,
     /// What becomes of a turn whose tools have run.
     pub tool_use_behavior: ToolUseBehavior,
     /// The tools that end the run, with [`ToolUseBehavior::StopAtTools`].
@@ -95,6 +105,21 @@ pub enum ToolUseBehavior {
     StopAtTools,
 }
 
+/// Something that an agent may call. Stored without a tag: each kind has fields that the others lack, and what was
+/// stored before there was more than one kind is a webhook.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Tool {
+    /// The tenant's endpoint.
+    Webhook(WebhookTool),
+    /// Another agent, whose final output is the call's.
+    Agent(AgentTool),
+    /// The tools of an MCP server.
+    Mcp(McpServer),
+    /// A tool that the model's provider runs.
+    Hosted(HostedTool),
+}
+
 /// A tool that is a POST to the tenant's endpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WebhookTool {
@@ -102,14 +127,133 @@ pub struct WebhookTool {
     pub name: String,
     /// What the model is told of it.
     pub description: String,
-    /// JSON Schema of its arguments.
-    pub parameters: serde_json::Value,
+    /// JSON Schema of its arguments, as its tenant wrote it; the model is shown its strict form.
+    pub parameters: Value,
     /// Where it is POSTed.
     pub url: String,
     /// Sent as a bearer token. Sealed while at rest; open in a [`Claim`].
     pub token: Option<String>,
     /// Milliseconds until the call counts as timed out.
     pub timeout_ms: u32,
+    /// Whether somebody must agree to each call.
+    #[serde(default)]
+    pub needs_approval: bool,
+}
+
+/// An agent as a tool: a run of its own inside the run, with a fresh history.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentTool {
+    /// The name the model calls it by.
+    pub name: String,
+    /// What the model is told of it.
+    pub description: String,
+    /// The agent that answers; a key of [`RunSpec::agents`].
+    pub agent_id: Uuid,
+    /// Model calls that each of its runs may make.
+    pub max_turns: u32,
+    /// Whether somebody must agree to each call.
+    pub needs_approval: bool,
+}
+
+/// An MCP server, reached over streamable HTTP; its tools are offered before the agent's own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct McpServer {
+    /// For people, and for messages about it.
+    pub name: String,
+    /// Its endpoint.
+    pub url: String,
+    /// Sent as a bearer token. Sealed while at rest; open in a [`Claim`].
+    pub token: Option<String>,
+    /// The tools that are offered; none: all of them.
+    pub allowed_tools: Option<Vec<String>>,
+    /// Whether somebody must agree to each call.
+    pub needs_approval: bool,
+}
+
+/// A tool that the model's provider runs itself, such as `web_search`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostedTool {
+    /// Its type in the provider's words.
+    pub name: String,
+    /// The rest of its definition: an object.
+    pub config: Value,
+}
+
+impl Tool {
+    /// Its bearer token, if it is of a kind that has one.
+    pub fn token_mut(&mut self) -> Option<&mut Option<String>> {
+        match self {
+            Tool::Webhook(tool) => Some(&mut tool.token),
+            Tool::Mcp(server) => Some(&mut server.token),
+            Tool::Agent(_) | Tool::Hosted(_) => None,
+        }
+    }
+}
+
+/// A check on what goes in or comes out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Guardrail {
+    /// What a trip is reported under.
+    pub name: String,
+    /// What it looks at.
+    pub stage: GuardrailStage,
+    /// At the tool stages: the one tool it looks at; none: every tool.
+    pub tool: Option<String>,
+    /// Input stage: run beside the first model call. No tool runs before the verdict.
+    pub parallel: bool,
+    /// How it decides.
+    pub rule: GuardrailRule,
+}
+
+/// What a guardrail looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardrailStage {
+    /// The run's input, before the first agent's first turn.
+    Input,
+    /// The final output.
+    Output,
+    /// A call's arguments, before the tool runs.
+    ToolInput,
+    /// A tool's output, before the model sees it.
+    ToolOutput,
+}
+
+/// How a guardrail decides.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum GuardrailRule {
+    /// By a pattern, matched in linear time.
+    Regex {
+        /// In the syntax of the `regex` crate.
+        pattern: String,
+        /// True: a match trips. False: no match trips.
+        trip_on_match: bool,
+    },
+    /// Trips on a text that is longer.
+    MaxLength {
+        /// Unicode code points.
+        characters: u32,
+    },
+    /// Trips on what is no JSON or does not fit.
+    JsonSchema {
+        /// The schema.
+        schema: Value,
+    },
+    /// Asks an agent whose structured output is `{tripped: boolean, reason: string}`.
+    Agent {
+        /// A key of [`RunSpec::agents`].
+        agent_id: Uuid,
+    },
+}
+
+/// What an agent's final answer must be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OutputSchema {
+    /// Strict JSON Schema with an object at its root, as the provider is sent it.
+    pub schema: Value,
+    /// Whether the tenant's schema had no object at its root and stands under the property `response`.
+    pub is_wrapped: bool,
 }
 
 /// A way to pass the conversation on to another agent.
@@ -121,6 +265,25 @@ pub struct Handoff {
     pub tool_name: String,
     /// What the model is told of it.
     pub tool_description: String,
+    /// What of the history the new agent is shown.
+    #[serde(default)]
+    pub filter: HandoffFilter,
+    /// The history so far goes as one summary message, as the Agents SDK's `nest_handoff_history` writes it.
+    #[serde(default)]
+    pub nest_history: bool,
+}
+
+/// What of the history the agent that takes over is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HandoffFilter {
+    /// All of it.
+    #[default]
+    None,
+    /// All but tools: calls, outputs, handoffs and reasoning are dropped.
+    RemoveTools,
+    /// The last items, so many; a call never without its output.
+    LastN(u32),
 }
 
 impl Handoff {

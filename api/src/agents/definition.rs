@@ -238,6 +238,7 @@ impl Definition {
                 url: tool.url,
                 token,
                 timeout_ms: timeout_ms.unsigned_abs(),
+                needs_approval: false,
             });
         }
         Ok(checked)

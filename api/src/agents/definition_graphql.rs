@@ -226,6 +226,7 @@ pub struct Guardrail {
 
 /// What a guardrail looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Enum)]
+#[graphql(remote = "spec::GuardrailStage")]
 pub enum GuardrailStage {
     Input,
     Output,

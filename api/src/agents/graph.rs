@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use cloister_runtime::spec::{AgentSpec, Handoff, RunSpec};
+use cloister_runtime::spec::{AgentSpec, Handoff, HandoffFilter, RunSpec, Tool};
 use entity::{TenantOwned, agent_versions, agents};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{
@@ -164,6 +164,8 @@ impl Graph {
                 agent_id: handoff.agent_id,
                 tool_name: self.handoff_name(handoff)?,
                 tool_description: description.unwrap_or_else(|| Handoff::default_tool_description(&target.name, told)),
+                filter: HandoffFilter::None,
+                nest_history: false,
             })
         });
         AgentSpec {
@@ -174,7 +176,10 @@ impl Graph {
             model: definition.model,
             instructions: definition.instructions,
             settings: definition.settings,
-            tools: definition.tools,
+            tools: definition.tools.into_iter().map(Tool::Webhook).collect(),
+            fallback_models: Vec::new(),
+            guardrails: Vec::new(),
+            output: None,
             tool_use_behavior: definition.tool_use_behavior,
             stop_at_tools: definition.stop_at_tools,
             max_turns: definition.max_turns,
@@ -385,8 +390,10 @@ async fn numbered(
 /// Opens the tools' tokens of a run that is about to be executed.
 pub fn open_tokens(app: &App, tenant_id: Uuid, spec: &mut RunSpec) -> Result<(), Error> {
     for tool in spec.agents.values_mut().flat_map(|agent| agent.tools.iter_mut()) {
-        if let Some(sealed) = &tool.token {
-            tool.token = Some(app.vault.open(tenant_id, sealed)?);
+        if let Some(token) = tool.token_mut()
+            && let Some(sealed) = token
+        {
+            *token = Some(app.vault.open(tenant_id, sealed)?);
         }
     }
     Ok(())

@@ -5,7 +5,7 @@
 //! the ledger needs the usage, and `store` never is.
 
 use cloister_runtime::item::InputItem;
-use cloister_runtime::model::{ModelRequest, ToolDefinition};
+use cloister_runtime::model::{ModelRequest, Offer, ToolDefinition};
 use cloister_runtime::spec::ReasoningEffort;
 use serde_json::{Map, Value, json};
 
@@ -15,7 +15,7 @@ pub fn body(upstream_model: &str, request: &ModelRequest) -> Value {
     let fields = [
         ("model", Some(json!(upstream_model))),
         ("messages", Some(messages(request))),
-        ("tools", has_tools.then(|| request.tools.iter().map(tool).collect())),
+        ("tools", has_tools.then(|| request.tools.iter().filter_map(offer).collect())),
         ("temperature", request.temperature.map(Value::from)),
         ("top_p", request.top_p.map(Value::from)),
         ("max_tokens", request.max_output_tokens.map(Value::from)),
@@ -41,17 +41,20 @@ fn messages(request: &ModelRequest) -> Value {
                 messages.extend(turn.take_message());
                 messages.push(json!({"role": "user", "content": text}));
             }
-            InputItem::Assistant { text } => {
+            InputItem::Assistant { text, .. } | InputItem::Summary { text } => {
                 if turn.text.is_some() {
                     messages.extend(turn.take_message());
                 }
                 turn.text = Some(text);
             }
-            InputItem::ToolCall { call_id, name, arguments } => turn.calls.push(tool_call(call_id, name, arguments)),
+            InputItem::ToolCall { call_id, name, arguments, .. } => {
+                turn.calls.push(tool_call(call_id, name, arguments))
+            }
             InputItem::ToolOutput { call_id, output } => {
                 messages.extend(turn.take_message());
                 messages.push(json!({"role": "tool", "tool_call_id": call_id, "content": output}));
             }
+            InputItem::Reasoning { .. } | InputItem::HostedCall { .. } => {}
         }
     }
     messages.extend(turn.take_message());
@@ -81,6 +84,13 @@ impl AssistantTurn<'_> {
 fn tool_call(call_id: &str, name: &str, arguments: &str) -> Value {
     let arguments = if arguments.is_empty() { "{}" } else { arguments };
     json!({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
+}
+
+fn offer(offer: &Offer) -> Option<Value> {
+    match offer {
+        Offer::Function(definition) => Some(tool(definition)),
+        Offer::Hosted(_) => None,
+    }
 }
 
 fn tool(tool: &ToolDefinition) -> Value {

@@ -53,7 +53,11 @@ impl DemoProvider {
 fn complete(request: &ModelRequest) -> Completion {
     let turn = Turn::of(request);
     let calls = turn.calls();
-    let parts = if calls.is_empty() { vec![Part::Message { index: MESSAGE_INDEX, text: turn.reply() }] } else { calls };
+    let parts = if calls.is_empty() {
+        vec![Part::Message { index: MESSAGE_INDEX, text: turn.reply(), raw: None }]
+    } else {
+        calls
+    };
     let (parts, finish) = within(parts, request.max_output_tokens);
     let usage = TokenUsage {
         input_tokens: tokens::count_request(request),
@@ -85,12 +89,13 @@ impl<'a> Turn<'a> {
 
     /// The tools to call now, as the tool choice and the user's text ask for them.
     fn calls(&self) -> Vec<Part> {
-        let tools = &self.request.tools;
+        let tools = self.request.functions();
         let mut chosen: Vec<(&ToolDefinition, String)> = match self.request.tool_choice.as_deref() {
             Some("none") => Vec::new(),
             Some("required") => {
                 let named = self.named();
-                let any = || tools.iter().find(|tool| !self.has_called(&tool.name)).or(tools.first());
+                let all: Vec<_> = tools.collect();
+                let any = || all.iter().find(|tool| !self.has_called(&tool.name)).or(all.first()).copied();
                 if named.is_empty() {
                     any().map(|tool| (tool, self.arguments(tool))).into_iter().collect()
                 } else {
@@ -98,9 +103,7 @@ impl<'a> Turn<'a> {
                 }
             }
             None | Some("auto") => self.named(),
-            Some(name) => {
-                tools.iter().filter(|tool| tool.name == name).map(|tool| (tool, self.arguments(tool))).collect()
-            }
+            Some(name) => tools.filter(|tool| tool.name == name).map(|tool| (tool, self.arguments(tool))).collect(),
         };
         if self.request.parallel_tool_calls == Some(false) {
             chosen.truncate(1);
@@ -114,6 +117,7 @@ impl<'a> Turn<'a> {
                 call_id: format!("call_demo_{number}"),
                 name: tool.name.clone(),
                 arguments,
+                raw: None,
             })
             .collect()
     }
@@ -122,8 +126,7 @@ impl<'a> Turn<'a> {
     fn named(&self) -> Vec<(&'a ToolDefinition, String)> {
         let mut named: Vec<_> = self
             .request
-            .tools
-            .iter()
+            .functions()
             .filter(|tool| !self.has_called(&tool.name))
             .filter_map(|tool| Some((mention(self.user_text, &tool.name)?, tool)))
             .collect();
@@ -159,8 +162,8 @@ impl<'a> Turn<'a> {
             "" => reply += " You have said nothing yet.",
             text => reply += &format!(" You said: {}.", quote(text)),
         }
-        if let Some(first) = self.request.tools.first() {
-            let names: Vec<&str> = self.request.tools.iter().map(|tool| tool.name.as_str()).collect();
+        if let Some(first) = self.request.functions().next() {
+            let names: Vec<&str> = self.request.functions().map(|tool| tool.name.as_str()).collect();
             reply += &format!(" I can call {}: just say “use {}”.", names.join(", "), first.name);
         }
         reply
@@ -258,14 +261,19 @@ fn shortened(part: &Part, max_tokens: i64) -> Option<Part> {
     let (Part::Reasoning { text, .. }
     | Part::Message { text, .. }
     | Part::Refusal { text }
-    | Part::ToolCall { arguments: text, .. }) = part;
+    | Part::ToolCall { arguments: text, .. }) = part
+    else {
+        return None;
+    };
     let beginning = |end: usize| {
         let mut part = part.clone();
-        let (Part::Reasoning { text, .. }
+        if let Part::Reasoning { text, .. }
         | Part::Message { text, .. }
         | Part::Refusal { text }
-        | Part::ToolCall { arguments: text, .. }) = &mut part;
-        text.truncate(end);
+        | Part::ToolCall { arguments: text, .. } = &mut part
+        {
+            text.truncate(end);
+        }
         part
     };
     let ends = words(text).scan(0, |end, word| {
@@ -278,10 +286,10 @@ fn shortened(part: &Part, max_tokens: i64) -> Option<Part> {
 /// A part word by word, as it streams.
 fn deltas(part: &Part) -> Vec<AnswerEvent> {
     match part {
-        Part::Message { index, text } => {
+        Part::Message { index, text, .. } => {
             words(text).map(|word| AnswerEvent::Text { index: *index, text: word.to_owned() }).collect()
         }
-        Part::ToolCall { index, call_id, name, arguments } => words(arguments)
+        Part::ToolCall { index, call_id, name, arguments, .. } => words(arguments)
             .map(|word| AnswerEvent::Arguments {
                 index: *index,
                 call_id: call_id.clone(),
@@ -289,7 +297,7 @@ fn deltas(part: &Part) -> Vec<AnswerEvent> {
                 text: word.to_owned(),
             })
             .collect(),
-        Part::Reasoning { .. } | Part::Refusal { .. } => Vec::new(),
+        Part::Reasoning { .. } | Part::Refusal { .. } | Part::HostedCall { .. } => Vec::new(),
     }
 }
 

@@ -252,7 +252,12 @@ impl Call {
     ) -> Result<Result<ModelEvent, ModelError>, Error> {
         let mut usage = completion.usage.unwrap_or_else(|| self.estimate(reservation, &completion.parts));
         usage.cost_nano_usd = catalog::cost(&self.origin.model.price, &usage);
-        let response = ModelResponse { parts: completion.parts, finish: completion.finish, usage };
+        let response = ModelResponse {
+            model: self.origin.model.model.name.clone(),
+            parts: completion.parts,
+            finish: completion.finish,
+            usage,
+        };
         let journaled = self.settle(reservation, usage, Some(&response)).await?;
         Ok(match (&self.journal, journaled) {
             (Some(_), false) => Err(ModelError::LeaseLost),
@@ -358,7 +363,7 @@ impl PartialParts {
         self.uncounted.push_str(more);
         match self.parts.iter_mut().find(|part| matches!(part, Part::Message { index: at, .. } if *at == index)) {
             Some(Part::Message { text, .. }) => text.push_str(more),
-            _ => self.parts.push(Part::Message { index, text: more.to_owned() }),
+            _ => self.parts.push(Part::Message { index, text: more.to_owned(), raw: None }),
         }
     }
 
@@ -371,6 +376,7 @@ impl PartialParts {
                 call_id: String::new(),
                 name: called.to_owned(),
                 arguments: more.to_owned(),
+                raw: None,
             }),
         }
     }

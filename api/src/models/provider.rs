@@ -80,7 +80,7 @@ pub struct Completion {
 }
 
 /// An answer that ended early.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{reason}")]
 pub struct Cut {
     /// For people; holds nothing of the provider's credentials.
@@ -92,7 +92,7 @@ pub struct Cut {
 }
 
 /// Why no answer began. Messages hold nothing of the provider's credentials.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum SendError {
     /// Nothing was charged, and trying again may help: there was no connection, or the status was
     /// 408, 409, 425, 429 or 5xx.

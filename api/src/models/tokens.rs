@@ -5,7 +5,7 @@
 //! the text's length; the first one in a process loads the tokenizer's tables.
 
 use cloister_runtime::item::InputItem;
-use cloister_runtime::model::{ModelRequest, Part, ToolDefinition};
+use cloister_runtime::model::{ModelRequest, Offer, Part, ToolDefinition};
 
 /// Tokens that frame a message (`<|start|>role<|message|>…<|end|>`), after OpenAI's cookbook, "How to count tokens
 /// with tiktoken".
@@ -37,7 +37,7 @@ pub fn count_request(request: &ModelRequest) -> i64 {
     let input: i64 = request.input.iter().map(count_input).sum();
     let tools = match request.tools.as_slice() {
         [] => 0,
-        tools => PER_TOOL_LIST + tools.iter().map(count_tool).sum::<i64>(),
+        tools => PER_TOOL_LIST + tools.iter().map(count_offer).sum::<i64>(),
     };
     PER_REQUEST + instructions + input + tools
 }
@@ -49,6 +49,7 @@ pub fn count_parts(parts: &[Part]) -> i64 {
         .map(|part| match part {
             Part::Reasoning { text, .. } | Part::Message { text, .. } | Part::Refusal { text } => count_text(text),
             Part::ToolCall { name, arguments, .. } => PER_CALL + count_text(name) + count_text(arguments),
+            Part::HostedCall { raw, .. } => count_text(&raw.to_string()),
         })
         .sum()
 }
@@ -56,10 +57,21 @@ pub fn count_parts(parts: &[Part]) -> i64 {
 fn count_input(item: &InputItem) -> i64 {
     PER_MESSAGE
         + match item {
-            InputItem::User { text } | InputItem::Assistant { text } => count_text(text),
+            InputItem::User { text }
+            | InputItem::Assistant { text, .. }
+            | InputItem::Reasoning { text, .. }
+            | InputItem::Summary { text } => count_text(text),
+            InputItem::HostedCall { raw } => count_text(&raw.to_string()),
             InputItem::ToolCall { name, arguments, .. } => PER_CALL + count_text(name) + count_text(arguments),
             InputItem::ToolOutput { output, .. } => count_text(output),
         }
+}
+
+fn count_offer(offer: &Offer) -> i64 {
+    match offer {
+        Offer::Function(tool) => count_tool(tool),
+        Offer::Hosted(tool) => PER_TOOL + count_text(&tool.name) + count_text(&tool.config.to_string()),
+    }
 }
 
 fn count_tool(tool: &ToolDefinition) -> i64 {
@@ -98,7 +110,7 @@ mod tests {
 
     #[test]
     fn a_request_is_at_or_slightly_above_its_texts_and_frames() {
-        let user = InputItem::User { text: "hello world".to_owned() };
+        let user = InputItem::User { text: "hello world".to_owned(), raw: None };
         let plain = count_request(&request(vec![user.clone()], Vec::new()));
         assert_eq!(plain, 3 + (4 + 6) + (4 + 2));
 
@@ -115,8 +127,14 @@ mod tests {
     #[test]
     fn parts_add_up() {
         let parts = [
-            Part::Message { index: 1, text: "hello world".to_owned() },
-            Part::ToolCall { index: 2, call_id: "c".to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() },
+            Part::Message { index: 1, text: "hello world".to_owned(), raw: None },
+            Part::ToolCall {
+                index: 2,
+                call_id: "c".to_owned(),
+                name: "f".to_owned(),
+                arguments: "{}".to_owned(),
+                raw: None,
+            },
         ];
         assert_eq!(count_parts(&parts), count_parts(&parts[..1]) + count_parts(&parts[1..]));
         assert_eq!(count_parts(&parts), 2 + 8 + 1 + 1);

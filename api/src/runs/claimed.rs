@@ -84,7 +84,7 @@ pub async fn retry_or_fail(app: &App, run: &runs::Model, error: &Error) {
         return;
     }
     let body = Body::failed(RunErrorCode::Internal, "The run could not be executed. Tell us its id.");
-    let step = Step { agent_name: run_agent_name(run).unwrap_or_default(), turn: None, body };
+    let step = Step { agent_name: run_agent_name(run).unwrap_or_default(), turn: None, scope: None, body };
     if let Err(error) = DatabaseJournal(app.clone()).append(lease_of(run), run.next_sequence, vec![step]).await {
         tracing::error!(run_id = %run_id(run.id), %error, "a run that can't be executed could not be ended");
     }

@@ -154,7 +154,7 @@ impl From<Item> for RunItem {
         let (sequence, created_at) = (int(item.sequence), item.created_at);
         let (agent_name, turn) = (item.step.agent_name, item.step.turn.map(int));
         match item.step.body {
-            Body::Message { index, role, text } => RunItem::Message(MessageItem {
+            Body::Message { index, role, text, .. } => RunItem::Message(MessageItem {
                 sequence,
                 created_at,
                 agent_name,
@@ -163,10 +163,10 @@ impl From<Item> for RunItem {
                 role: role.into(),
                 text,
             }),
-            Body::Reasoning { index, text } => {
+            Body::Reasoning { index, text, .. } => {
                 RunItem::Reasoning(ReasoningItem { sequence, created_at, agent_name, turn, index: int(index), text })
             }
-            Body::ToolCall { index, call_id, name, arguments, arguments_hash } => RunItem::ToolCall(ToolCallItem {
+            Body::ToolCall { index, call_id, name, arguments, arguments_hash, .. } => RunItem::ToolCall(ToolCallItem {
                 sequence,
                 created_at,
                 agent_name,
@@ -189,9 +189,21 @@ impl From<Item> for RunItem {
             Body::Handoff { call_id, to_agent_name, .. } => {
                 RunItem::Handoff(HandoffItem { sequence, created_at, agent_name, turn, call_id, to_agent_name })
             }
-            Body::Usage { model, usage } => {
+            Body::Usage { model, usage, .. } => {
                 RunItem::Usage(UsageItem { sequence, created_at, agent_name, turn, model, usage: usage.into() })
             }
+            Body::Approval { call_id, approved, .. } => {
+                RunItem::Approval(ApprovalItem { sequence, created_at, agent_name, turn, call_id, approved })
+            }
+            Body::Guardrail { name, stage, reason, .. } => RunItem::Guardrail(GuardrailItem {
+                sequence,
+                created_at,
+                agent_name,
+                turn,
+                name,
+                stage: stage.into(),
+                reason,
+            }),
             Body::Status { status, error, .. } => RunItem::Status(StatusItem {
                 sequence,
                 created_at,

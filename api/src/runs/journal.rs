@@ -269,7 +269,7 @@ fn apply(run: &mut runs::Model, step: &Step, now: DateTime<Utc>) {
     match &step.body {
         Body::Usage { .. } => run.turns = step.turn.and_then(|turn| i32::try_from(turn).ok()).unwrap_or(0),
         Body::Handoff { to_agent_id, .. } => run.current_agent_id = *to_agent_id,
-        Body::Status { status, error, output } => {
+        Body::Status { status, error, output, .. } => {
             run.status = stored(*status);
             if let Some(error) = error {
                 run.error_code = Some(code_name(error.code));
@@ -282,7 +282,12 @@ fn apply(run: &mut runs::Model, step: &Step, now: DateTime<Utc>) {
                 run.finished_at = Some(now);
             }
         }
-        Body::Message { .. } | Body::Reasoning { .. } | Body::ToolCall { .. } | Body::ToolOutput { .. } => {}
+        Body::Message { .. }
+        | Body::Reasoning { .. }
+        | Body::ToolCall { .. }
+        | Body::ToolOutput { .. }
+        | Body::Approval { .. }
+        | Body::Guardrail { .. } => {}
     }
 }
 
@@ -322,6 +327,7 @@ fn to_row(run: &runs::Model, item: &Item) -> Result<run_items::ActiveModel, Erro
         kind: Set(kind),
         agent_name: Set(item.step.agent_name.clone()),
         turn: Set(item.step.turn.and_then(|turn| i32::try_from(turn).ok())),
+        scope: Set(item.step.scope.clone()),
         body: Set(body),
         created_at: Set(item.created_at),
     })
@@ -335,6 +341,7 @@ pub fn from_row(row: run_items::Model) -> Result<Item, Error> {
         step: Step {
             agent_name: row.agent_name,
             turn: row.turn.and_then(|turn| u32::try_from(turn).ok()),
+            scope: row.scope,
             body: serde_json::from_value(row.body)?,
         },
     })
@@ -375,8 +382,8 @@ pub async fn items_of(app: &App, tenant_id: Uuid, runs: &[runs::Model]) -> Resul
 
 /// A run's first item: its input, stored with it. It is what a later run of the conversation goes on from.
 pub fn input_item(run: &runs::Model, agent_name: &str) -> Item {
-    let body = Body::Message { index: None, role: Role::User, text: run.input.clone() };
-    let step = Step { agent_name: agent_name.to_owned(), turn: None, body };
+    let body = Body::Message { index: None, role: Role::User, text: run.input.clone(), raw: None };
+    let step = Step { agent_name: agent_name.to_owned(), turn: None, scope: None, body };
     Item { sequence: 1, created_at: run.created_at, step }
 }
 

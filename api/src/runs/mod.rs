@@ -207,7 +207,12 @@ async fn cancel_in(app: &App, tx: &DatabaseTransaction, mut run: runs::Model) ->
     for item in &items {
         if let Body::ToolCall { call_id, .. } = &item.step.body {
             let output = Body::output(call_id, "The run was cancelled.", true);
-            steps.push(Step { agent_name: item.step.agent_name.clone(), turn: item.step.turn, body: output });
+            steps.push(Step {
+                agent_name: item.step.agent_name.clone(),
+                turn: item.step.turn,
+                scope: item.step.scope.clone(),
+                body: output,
+            });
         }
     }
     let answered = |id: &str| {
@@ -217,7 +222,7 @@ async fn cancel_in(app: &App, tx: &DatabaseTransaction, mut run: runs::Model) ->
         })
     };
     steps.retain(|step| !matches!(&step.body, Body::ToolOutput { call_id, .. } if answered(call_id)));
-    steps.push(Step { agent_name, turn: None, body: Body::status(RunStatus::Cancelled) });
+    steps.push(Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Cancelled) });
     run.fence = raise_fence(tx, &run).await?;
     Ok(journal::write(app, tx, run, steps, app.clock.now()).await?)
 }
@@ -244,7 +249,7 @@ pub async fn resume(app: &App, viewer: &TenantViewer, id: Uuid) -> Outcome<runs:
         return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
     }
     let agent_name = run_agent_name(&run)?;
-    let step = Step { agent_name, turn: None, body: Body::status(RunStatus::Queued) };
+    let step = Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Queued) };
     let mut appended = journal::write(app, &tx, run, vec![step], app.clock.now()).await?;
     appended.run = queue::enqueue(app, &tx, appended.run).await?;
     let run = appended.run.clone();

@@ -200,6 +200,9 @@ impl Start {
             started_at: None,
             finished_at: None,
             worker: None,
+            output_json: None,
+            waits_until: None,
+            history_limit: None,
         };
         Ok(Self { run, agent_name, begins_conversation: false, waits: false })
     }

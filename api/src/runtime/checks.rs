@@ -47,6 +47,8 @@ fn texts(step: &Step) -> impl Iterator<Item = &str> {
         Body::Message { text, .. } | Body::Reasoning { text, .. } => [Some(text), None],
         Body::ToolCall { name, arguments, .. } => [Some(name), Some(arguments)],
         Body::Usage { model, .. } => [Some(model), None],
+        Body::Approval { call_id, message, .. } => [Some(call_id), message.as_ref()],
+        Body::Guardrail { name, reason, .. } => [Some(name), Some(reason)],
     };
     [Some(&step.agent_name), a, b].into_iter().flatten().map(String::as_str)
 }
@@ -74,6 +76,9 @@ pub async fn steps(app: &App, run: &runs::Model, steps: &[Step]) -> Result<(), R
             }
             Body::Status { .. } if is_last && step.turn.is_none() => status(&step.body)?,
             Body::Status { .. } => return Err(Refused::invalid("A change of state comes last, outside a turn.")),
+            Body::Approval { .. } | Body::Guardrail { .. } => {
+                return Err(Refused::invalid("This is not a worker's to say."));
+            }
             Body::Message { .. } | Body::Reasoning { .. } | Body::ToolCall { .. } | Body::Usage { .. } => {
                 return Err(Refused::invalid("What a model answered is stored with its charge, and not by workers."));
             }
@@ -95,7 +100,7 @@ fn answer(run: &runs::Model, step: &Step, open: &mut HashSet<String>, call_id: &
 
 /// The states into which a worker moves its run.
 fn status(body: &Body) -> Result<(), Refused> {
-    let Body::Status { status, error, output } = body else { return Ok(()) };
+    let Body::Status { status, error, output, .. } = body else { return Ok(()) };
     let fits = match status {
         RunStatus::Succeeded => error.is_none() && output.is_some(),
         RunStatus::Failed => error.is_some() && output.is_none(),

@@ -53,7 +53,15 @@ pub async fn model(
     }
     let recorder = recorder(app, &run, agent, turn).await?;
     let deltas = Deltas::new(&recorder);
-    let call = ModelCall { lease, turn, agent_id: agent.id, agent_version: agent.version, request, recorder };
+    let call = ModelCall {
+        lease,
+        turn,
+        agent_id: agent.id,
+        agent_version: agent.version,
+        request,
+        fallback_models: agent.fallback_models.clone(),
+        recorder,
+    };
     let events = GatewayModel::new(app, &run).respond(call);
     Ok(messages(app.clone(), caller.clone(), lease, answering, deltas, events))
 }
@@ -78,13 +86,7 @@ async fn recorder(app: &App, run: &runs::Model, agent: &AgentSpec, turn: u32) ->
             used_call_ids.insert(call_id);
         }
     }
-    Ok(TurnRecorder {
-        turn,
-        agent_name: agent.name.clone(),
-        model: agent.model.clone(),
-        from_sequence: run.next_sequence,
-        used_call_ids,
-    })
+    Ok(TurnRecorder { turn, agent_name: agent.name.clone(), from_sequence: run.next_sequence, used_call_ids })
 }
 
 fn messages(

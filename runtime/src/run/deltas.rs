@@ -63,7 +63,6 @@ mod tests {
         let recorder = TurnRecorder {
             turn: 3,
             agent_name: "A".into(),
-            model: "m".into(),
             from_sequence: 7,
             used_call_ids: ["call_0".to_owned()].into(),
         };

@@ -4,8 +4,8 @@ use serde_json::json;
 
 use super::state::{State, handoffs};
 use crate::item::InputItem;
-use crate::model::{ModelRequest, ToolDefinition};
-use crate::spec::{AgentSpec, RunSpec};
+use crate::model::{ModelRequest, Offer, ToolDefinition};
+use crate::spec::{AgentSpec, RunSpec, Tool};
 
 /// The request of the run's next turn.
 pub fn build(spec: &RunSpec, history: &[InputItem], state: &State<'_>) -> ModelRequest {
@@ -24,17 +24,21 @@ pub fn build(spec: &RunSpec, history: &[InputItem], state: &State<'_>) -> ModelR
         parallel_tool_calls: settings.parallel_tool_calls.filter(|_| !tools.is_empty()),
         reasoning_effort: settings.reasoning_effort,
         tools,
+        output: agent.output.clone(),
     }
 }
 
 /// The agent's own tools, then its handoffs.
-fn offer(spec: &RunSpec, agent: &AgentSpec) -> Vec<ToolDefinition> {
-    let tools = agent.tools.iter().map(|tool| ToolDefinition {
-        name: tool.name.clone(),
-        description: tool.description.clone(),
-        parameters: tool.parameters.clone(),
-        // The schema is the tenant's own, which need not be within what strict mode can express.
-        strict: false,
+fn offer(spec: &RunSpec, agent: &AgentSpec) -> Vec<Offer> {
+    let tools = agent.tools.iter().filter_map(|tool| match tool {
+        Tool::Webhook(tool) => Some(ToolDefinition {
+            name: tool.name.clone(),
+            description: tool.description.clone(),
+            parameters: tool.parameters.clone(),
+            // The schema is the tenant's own, which need not be within what strict mode can express.
+            strict: false,
+        }),
+        _ => None,
     });
     let handoffs = handoffs(spec, agent).map(|(handoff, _)| ToolDefinition {
         name: handoff.tool_name.clone(),
@@ -42,5 +46,5 @@ fn offer(spec: &RunSpec, agent: &AgentSpec) -> Vec<ToolDefinition> {
         parameters: json!({ "additionalProperties": false, "type": "object", "properties": {}, "required": [] }),
         strict: true,
     });
-    tools.chain(handoffs).collect()
+    tools.chain(handoffs).map(Offer::Function).collect()
 }

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::texts;
 use crate::item::{self, Body, InputItem, Item, Role, RunErrorCode, Step};
-use crate::spec::{AgentSpec, Handoff, RunSpec, ToolUseBehavior, WebhookTool};
+use crate::spec::{AgentSpec, Handoff, RunSpec, Tool, ToolUseBehavior, WebhookTool};
 
 /// A run between two steps.
 #[derive(Debug)]
@@ -130,6 +130,7 @@ impl<'a> State<'a> {
                 self.agent = self.spec.agents.get(to_agent_id).unwrap_or(self.agent);
                 self.fold_output(call_id, step);
             }
+            Body::Approval { .. } | Body::Guardrail { .. } => {}
             // A pause or a resumption changes nothing here: the run goes on where it was.
             Body::Status { status, error, .. } => {
                 self.ended |= status.is_terminal();
@@ -237,12 +238,17 @@ impl<'a> State<'a> {
 
     /// An item outside a turn.
     pub fn step(&self, body: Body) -> Step {
-        Step { agent_name: self.agent.name.clone(), turn: None, body }
+        Step { agent_name: self.agent.name.clone(), turn: None, scope: None, body }
     }
 
     /// A webhook's output, in the turn that called it.
     pub fn tool_output(&self, turn: u32, call_id: &str, output: String, is_error: bool) -> Step {
-        Step { agent_name: self.agent.name.clone(), turn: Some(turn), body: Body::output(call_id, output, is_error) }
+        Step {
+            agent_name: self.agent.name.clone(),
+            turn: Some(turn),
+            scope: None,
+            body: Body::output(call_id, output, is_error),
+        }
     }
 }
 
@@ -326,7 +332,7 @@ impl<'a> Turn<'a> {
     }
 
     fn step(&self, body: Body) -> Step {
-        Step { agent_name: self.agent.name.clone(), turn: Some(self.number), body }
+        Step { agent_name: self.agent.name.clone(), turn: Some(self.number), scope: None, body }
     }
 }
 
@@ -350,5 +356,9 @@ fn target<'a>(spec: &'a RunSpec, agent: &'a AgentSpec, name: &str) -> Target<'a>
     if let Some((_, to)) = handoffs(spec, agent).find(|(handoff, _)| handoff.tool_name == name) {
         return Target::Handoff(to);
     }
-    agent.tools.iter().find(|tool| tool.name == name).map_or(Target::Missing, Target::Tool)
+    let tools = agent.tools.iter().filter_map(|tool| match tool {
+        Tool::Webhook(tool) => Some(tool),
+        _ => None,
+    });
+    tools.into_iter().find(|tool| tool.name == name).map_or(Target::Missing, Target::Tool)
 }

@@ -187,10 +187,10 @@ impl Assembly {
     fn into_parts(self) -> Vec<Part> {
         let mut parts = Vec::new();
         if !self.reasoning.is_empty() {
-            parts.push(Part::Reasoning { index: REASONING_INDEX, text: self.reasoning });
+            parts.push(Part::Reasoning { index: REASONING_INDEX, text: self.reasoning, raw: None });
         }
         if !self.message.is_empty() {
-            parts.push(Part::Message { index: MESSAGE_INDEX, text: self.message });
+            parts.push(Part::Message { index: MESSAGE_INDEX, text: self.message, raw: None });
         }
         if !self.refusal.is_empty() {
             parts.push(Part::Refusal { text: self.refusal });
@@ -200,6 +200,7 @@ impl Assembly {
             call_id: call.id,
             name: call.name,
             arguments: call.arguments,
+            raw: None,
         }));
         parts
     }
@@ -242,7 +243,7 @@ mod tests {
             .into_parts()
             .into_iter()
             .map(|part| match part {
-                Part::ToolCall { index, call_id, name, arguments } => (index, call_id, name, arguments),
+                Part::ToolCall { index, call_id, name, arguments, .. } => (index, call_id, name, arguments),
                 other => panic!("not a call: {other:?}"),
             })
             .collect()
@@ -262,10 +263,16 @@ mod tests {
         assert_eq!(
             assembly.into_parts(),
             [
-                Part::Reasoning { index: 0, text: "hmm".to_owned() },
-                Part::Message { index: 1, text: "hi".to_owned() },
+                Part::Reasoning { index: 0, text: "hmm".to_owned(), raw: None },
+                Part::Message { index: 1, text: "hi".to_owned(), raw: None },
                 Part::Refusal { text: "no".to_owned() },
-                Part::ToolCall { index: 2, call_id: "c".to_owned(), name: "f".to_owned(), arguments: "{}".to_owned() },
+                Part::ToolCall {
+                    index: 2,
+                    call_id: "c".to_owned(),
+                    name: "f".to_owned(),
+                    arguments: "{}".to_owned(),
+                    raw: None
+                },
             ]
         );
     }

@@ -116,11 +116,11 @@ async fn refusal(response: &str) -> SendError {
 }
 
 fn text(text: &str) -> AnswerEvent {
-    AnswerEvent::Text { index: 1, text: text.to_owned() }
+    AnswerEvent::Text { index: 1, text: text.to_owned(), raw: None }
 }
 
 fn message(text: &str) -> Vec<Part> {
-    vec![Part::Message { index: 1, text: text.to_owned() }]
+    vec![Part::Message { index: 1, text: text.to_owned(), raw: None }]
 }
 
 fn completion(events: &[AnswerEvent]) -> Completion {
