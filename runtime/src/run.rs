@@ -4,6 +4,7 @@
 //! left to do. A run that another worker left off is no special case: its items are folded, and the loop goes on.
 
 pub mod deltas;
+pub mod nest_history;
 mod request;
 mod state;
 mod texts;
