@@ -11,6 +11,7 @@ pub mod model;
 pub mod protocol;
 pub mod recorder;
 pub mod run;
+pub mod schema;
 pub mod signals;
 pub mod spec;
 pub mod webhook;
