@@ -287,7 +287,7 @@ fn output(response: &Value) -> Value {
     let mut output = response["output"].clone();
     for item in output.as_array_mut().unwrap() {
         item.as_object_mut().unwrap().remove("parsed_arguments");
-        for part in item["content"].as_array_mut().into_iter().flatten() {
+        for part in item.get_mut("content").and_then(Value::as_array_mut).into_iter().flatten() {
             part.as_object_mut().unwrap().remove("parsed");
         }
     }
