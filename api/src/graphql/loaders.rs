@@ -326,7 +326,7 @@ load_pages! {
     ItemsOf: run_items by RunId, Sequence Asc;
 }
 
-/// What a version's handoffs resolve to: other versions, by its id.
+/// What a version's handoffs, agent tools and guardrails resolve to: other versions, by its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ReachesOf(pub Uuid);
 
@@ -373,7 +373,8 @@ impl Loader<MessagesOf> for Batch {
             let rows = self
                 .own::<run_items::Entity>()
                 .filter(run_items::Column::RunId.in_subquery(runs))
-                .filter(run_items::Column::Kind.eq("message"));
+                .filter(run_items::Column::Kind.eq("message"))
+                .filter(run_items::Column::Scope.is_null());
             let then = Some(run_items::Column::Sequence);
             (*conversation_id, *args, List { rows, sort: run_items::Column::RunId, then, order: Order::Asc })
         });

@@ -93,9 +93,9 @@ impl Run {
         self.0.output.as_deref()
     }
 
-    /// The final value of an agent with an outputSchema. Not supported yet: no agent has one.
-    async fn output_json(&self) -> Option<Json<Value>> {
-        None
+    /// The final value of an agent with an outputSchema.
+    async fn output_json(&self) -> Option<Json<&Value>> {
+        self.0.output_json.as_ref().map(Json)
     }
 
     async fn error(&self) -> Option<RunError> {
@@ -191,7 +191,9 @@ pub struct StartRunInput {
     conversation_id: Option<ID>,
     /// Begin a new conversation with this run.
     new_conversation: Option<bool>,
-    /// Values for {{variables}} in the instructions. Not supported yet.
+    /// The most items of the conversation that the run is shown, in whole turns. Default: all.
+    history_limit: Option<i32>,
+    /// Values for {{variables}} in the instructions: an object of strings, numbers and booleans.
     variables: Option<Json<Value>>,
     /// Default: the published version.
     version: Option<i32>,
@@ -204,22 +206,21 @@ pub struct StartRunInput {
 }
 
 impl StartRunInput {
-    fn into_new(self) -> Outcome<NewRun> {
-        if self.variables.is_some() {
-            return Err(UserError::not_supported("variables").into());
-        }
-        Ok(NewRun {
+    fn into_new(self) -> NewRun {
+        NewRun {
             agent_id: agent_id(&self.agent_id),
             input: self.input,
             conversation_id: self.conversation_id.map(|id| conversation_id(&id)),
             new_conversation: self.new_conversation.unwrap_or(false),
+            history_limit: self.history_limit,
+            variables: self.variables.map(|variables| variables.0),
             version: self.version,
             draft: self.draft.unwrap_or(false),
             max_tokens: self.max_tokens.map(|tokens| tokens.0),
             timeout_seconds: self.timeout_seconds,
             on_busy: self.on_busy.unwrap_or_default(),
             idempotency_key: self.idempotency_key,
-        })
+        }
     }
 }
 
@@ -300,10 +301,7 @@ impl RunMutation {
     /// [RUN]
     async fn start_run(&self, ctx: &Context<'_>, input: StartRunInput) -> Result<RunPayload> {
         let viewer = viewer(ctx)?.require(Scope::Run)?;
-        run_payload(match input.into_new() {
-            Ok(new) => super::start(app(ctx)?, viewer, new).await,
-            Err(refused) => Err(refused),
-        })
+        run_payload(super::start(app(ctx)?, viewer, input.into_new()).await)
     }
 
     /// [RUN]

@@ -24,11 +24,13 @@ use entity::runs::Status;
 use entity::{TenantOwned, runs};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, ColumnTrait, DatabaseTransaction, QueryFilter, QuerySelect};
+use serde_json::Value;
 use std::collections::HashSet;
 use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::agents::graph;
+use crate::agents::variables::Variables;
 use crate::app::App;
 use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
 use crate::input::Checks;
@@ -39,6 +41,8 @@ use crate::viewer::TenantViewer;
 
 /// The longest input, in characters.
 const MAX_INPUT: usize = 200_000;
+/// The highest limit on the items of a conversation that a run is shown.
+const MAX_HISTORY: i32 = 100_000;
 
 /// What a run is started with.
 #[derive(Default)]
@@ -51,6 +55,10 @@ pub struct NewRun {
     pub conversation_id: Option<Uuid>,
     /// Begin a conversation with this run.
     pub new_conversation: bool,
+    /// The most items of the conversation that it is shown, in whole turns.
+    pub history_limit: Option<i32>,
+    /// Values for the variables in the instructions, as they came in.
+    pub variables: Option<Value>,
     /// A published version in place of the newest.
     pub version: Option<i32>,
     /// Run the draft.
@@ -79,8 +87,8 @@ pub enum OnBusy {
 
 impl NewRun {
     /// Tells inputs apart that come with the same idempotency key.
-    fn fingerprint(&self) -> String {
-        sha256_hex(&format!(
+    fn fingerprint(&self, variables: &Variables) -> String {
+        let mut input = format!(
             "{:?}",
             (
                 self.agent_id,
@@ -93,19 +101,27 @@ impl NewRun {
                 self.timeout_seconds,
                 self.on_busy
             )
-        ))
+        );
+        // Only where they are given: keys are still in use from when there were none.
+        if !variables.is_empty() {
+            input += &format!("{variables:?}");
+        }
+        if let Some(limit) = self.history_limit {
+            input += &format!("history {limit}");
+        }
+        sha256_hex(&input)
     }
 }
 
 /// Starts a run: all that it needs is frozen, and it waits to be claimed.
 pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<runs::Model> {
-    check(app, &new)?;
+    let variables = check(app, &new)?;
     let tenant_id = viewer.tenant_id();
-    let fingerprint = new.fingerprint();
+    let fingerprint = new.fingerprint(&variables);
     if let Some(run) = repeated(app, tenant_id, new.idempotency_key.as_deref(), &fingerprint).await? {
         return Ok(run);
     }
-    let frozen = graph::freeze(app, tenant_id, new.agent_id, new.version, new.draft).await?;
+    let frozen = graph::freeze(app, tenant_id, new.agent_id, new.version, new.draft).await?.filled(&variables)?;
     if quota::unused_by(app, viewer).await? <= 0 {
         let message = "Nothing is left of this month's tokens. Raise the limit, or wait for the new month.";
         return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
@@ -123,7 +139,8 @@ pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<run
     }
 }
 
-fn check(app: &App, new: &NewRun) -> Outcome<()> {
+/// Checks what a run is started with; the values of its variables.
+fn check(app: &App, new: &NewRun) -> Outcome<Variables> {
     let mut checks = Checks::default();
     checks.text("input", &new.input, 1, MAX_INPUT);
     if new.conversation_id.is_some() && new.new_conversation {
@@ -145,7 +162,12 @@ fn check(app: &App, new: &NewRun) -> Outcome<()> {
     if let Some(key) = &new.idempotency_key {
         checks.text("idempotencyKey", key, 1, 255);
     }
-    checks.finish()
+    if let Some(limit) = new.history_limit {
+        checks.range("historyLimit", limit, 0, MAX_HISTORY);
+    }
+    let variables = Variables::read(new.variables.as_ref(), &mut checks);
+    checks.finish()?;
+    Ok(variables)
 }
 
 /// The run that was started with this idempotency key before.

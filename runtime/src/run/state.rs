@@ -218,12 +218,14 @@ impl State {
             handoff.map_or((HandoffFilter::None, false), |handoff| (handoff.filter, handoff.nest_history));
         match filter {
             HandoffFilter::None if nests => {
-                self.before = nest(&self.before, &self.since());
+                let earlier = self.turns.len().saturating_sub(1);
+                let turn = self.turns.last().map(Turn::transcript).unwrap_or_default();
+                self.before = nest(&self.before, &self.since(earlier), &turn);
                 self.left.clear();
             }
             HandoffFilter::None => {}
             HandoffFilter::RemoveTools => {
-                self.left = remove_tools(&self.since());
+                self.left = remove_tools(&self.since(self.turns.len()));
                 self.before = remove_tools(&self.before);
                 if let Some(turn) = self.turns.last_mut() {
                     turn.is_filtered = true;
@@ -300,15 +302,16 @@ impl State {
         self.ended
     }
 
-    fn since(&self) -> Vec<InputItem> {
-        let turns = self.turns.iter().skip(self.unfiltered).flat_map(Turn::transcript);
+    /// What the turns before `end` added.
+    fn since(&self, end: usize) -> Vec<InputItem> {
+        let turns = self.turns.iter().take(end).skip(self.unfiltered).flat_map(Turn::transcript);
         self.left.iter().cloned().chain(turns).collect()
     }
 
     /// What the model is shown.
     pub fn view(&self) -> Vec<InputItem> {
         let mut view = self.before.clone();
-        view.extend(self.since());
+        view.extend(self.since(self.turns.len()));
         view
     }
 
