@@ -23,7 +23,7 @@ pub use self::session::McpSessions;
 use self::session::Session;
 use crate::model::ToolDefinition;
 use crate::spec::McpServer;
-use crate::webhook::{MAX_ANSWER_BYTES, Outbound};
+use crate::webhook::{AddressPolicy, MAX_ANSWER_BYTES, Outbound};
 
 /// How long a list is good for, unless its server says earlier that it changed.
 const LISTED_FOR: Duration = Duration::from_secs(60);
@@ -36,6 +36,9 @@ const MAX_PAGES: usize = 100;
 
 /// Bytes that the lists take in all; of those that were not asked for lately the server is asked again.
 const CACHE_BYTES: u64 = 64 * 1024 * 1024;
+
+/// As many lists as the cache is laid out for.
+const USUAL_LISTS: usize = 1024;
 
 /// Reaches MCP servers: one for the whole process. Clones share what they know.
 #[derive(Clone, Debug)]
@@ -69,9 +72,16 @@ impl Weighter<ServerKey, Arc<List>> for BySize {
 }
 
 impl McpClient {
-    /// A client over these connections.
-    pub fn new(outbound: Outbound) -> Self {
-        Self { outbound, lists: Arc::new(Cache::with_weighter(1024, CACHE_BYTES, BySize)) }
+    /// A client under a policy.
+    ///
+    /// # Errors
+    /// If TLS can't be set up.
+    ///
+    /// # Panics
+    /// Unless the process has installed a default crypto provider for rustls (reqwest's rule).
+    pub fn new(policy: AddressPolicy) -> Result<Self, reqwest::Error> {
+        let lists = Arc::new(Cache::with_weighter(USUAL_LISTS, CACHE_BYTES, BySize));
+        Ok(Self { outbound: Outbound::new(policy)?, lists })
     }
 
     /// Sessions of a run: what is asked through them reaches each server in one session.
@@ -85,6 +95,14 @@ impl McpClient {
     /// What keeps the server from listing them.
     pub async fn list(&self, server: &McpServer) -> Result<Vec<ToolDefinition>, McpError> {
         self.sessions().list(server).await
+    }
+
+    /// The names that a tool can't be called without, as far as its server's list is known.
+    fn required(&self, server: &McpServer, tool: &str) -> Vec<String> {
+        let Some(list) = self.lists.get(&key(server)) else { return Vec::new() };
+        let tool = list.tools.iter().find(|definition| definition.name == tool);
+        let required = tool.and_then(|definition| definition.parameters.get("required")?.as_array());
+        required.into_iter().flatten().filter_map(|name| name.as_str().map(str::to_owned)).collect()
     }
 
     fn listed(&self, server: &McpServer) -> Option<Arc<List>> {

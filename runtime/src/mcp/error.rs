@@ -53,8 +53,8 @@ pub enum McpFault {
     /// It answered with an error of the protocol.
     #[error("answered with an error: {0}")]
     Refused(String),
-    /// The arguments are no JSON object: it was not called.
-    #[error("was not called: the arguments are no JSON object")]
+    /// The arguments are no JSON object, or lack what the tool requires.
+    #[error("was not called: the arguments are no JSON object, or lack what the tool requires")]
     Arguments,
 }
 

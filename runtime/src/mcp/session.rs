@@ -16,7 +16,7 @@ use rmcp::transport::StreamableHttpClientTransport;
 use rmcp::transport::common::client_side_sse::ExponentialBackoff;
 use rmcp::transport::streamable_http_client::StreamableHttpClientTransportConfig;
 use rmcp::{ClientHandler, RoleClient};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
@@ -61,22 +61,22 @@ impl McpSessions {
         Ok(in_time(server, LIST_PATIENCE, asked).await?.allowed(server))
     }
 
-    /// Calls a tool with the arguments as the model wrote them; none count as `{}`.
+    /// Calls a tool.
     ///
     /// # Errors
-    /// Whatever keeps the server's result from coming in time. The tool may have been called even so, but if the
-    /// arguments are no JSON object. A result that says that the call failed is no error.
+    /// Whatever keeps the server's result from coming in time; the tool may have been called even so. A result that
+    /// says that the call failed is no error.
     pub async fn call(
         &self,
         server: &McpServer,
         tool: &str,
-        arguments: &str,
+        arguments: Value,
         patience: Duration,
     ) -> Result<McpOutput, McpError> {
-        let arguments: Map<String, Value> = match arguments {
-            "" => Map::new(),
-            text => serde_json::from_str(text).map_err(|_| McpError::new(server, McpFault::Arguments))?,
-        };
+        let Value::Object(arguments) = arguments else { return Err(McpError::new(server, McpFault::Arguments)) };
+        if self.client.required(server, tool).iter().any(|name| !arguments.contains_key(name)) {
+            return Err(McpError::new(server, McpFault::Arguments));
+        }
         let request = CallToolRequestParams::new(tool.to_owned()).with_arguments(arguments);
         let called = async {
             let session = self.session(server).await?;

@@ -68,9 +68,9 @@ impl Outbound {
 /// Resolves a name once and hands the connector only what was checked, so that a name that changes its address between
 /// check and connect gains nothing.
 #[derive(Debug)]
-struct CheckedResolver {
+pub(super) struct CheckedResolver {
     /// Networks that a name may lead to beside the public internet.
-    nets: Vec<IpNet>,
+    pub(super) nets: Vec<IpNet>,
 }
 
 impl Resolve for CheckedResolver {

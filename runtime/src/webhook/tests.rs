@@ -1,6 +1,8 @@
+use reqwest::dns::Resolve;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
+use super::outbound::CheckedResolver;
 use super::*;
 
 const SECRET: &str = "C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
@@ -22,8 +24,7 @@ fn call<'a>(url: &'a str, arguments: &'a str, secrets: &'a [String]) -> WebhookC
         arguments,
         timeout: Duration::from_secs(5),
         run_id: Uuid::nil(),
-        turn: 2,
-        index: 1,
+        place: "2.1",
         secrets,
     }
 }
