@@ -9,7 +9,7 @@ use crate::schema;
 use crate::spec::GuardrailRule;
 
 /// The most bytes that a compiled pattern may take: what a match costs grows with it.
-const MAX_PATTERN_BYTES: usize = 2 * 1024 * 1024;
+const MAX_PATTERN_BYTES: usize = 10 * 1024 * 1024;
 
 /// The longest reason of an agent that is kept, in characters.
 const MAX_REASON: usize = 1_000;
@@ -31,7 +31,7 @@ pub enum Verdict {
     },
 }
 
-/// Judges a text. Matching takes time in proportion to its length, for large patterns up to some seconds a MiB.
+/// Judges a text. Matching takes time in proportion to its length, and to the size of the pattern: see that it keeps nobody waiting.
 pub fn judge(rule: &GuardrailRule, text: &str) -> Verdict {
     let problem = match rule {
         GuardrailRule::Agent { agent_id } => return Verdict::Asks { agent_id: *agent_id },
