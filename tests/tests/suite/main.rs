@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod agents;
+mod approvals;
 mod auth;
 mod bad_input;
 mod bad_requests;
@@ -16,6 +17,7 @@ mod events;
 mod faults;
 mod follow;
 mod generated;
+mod guardrails;
 mod handoffs;
 mod invoice;
 mod ledger;
@@ -24,6 +26,7 @@ mod limits;
 mod matrix;
 mod metering;
 mod model_server;
+mod nested;
 mod quota;
 mod regressions;
 mod replicas;
@@ -33,6 +36,7 @@ mod runs;
 mod schema;
 mod statements;
 mod steps;
+mod structured;
 mod support;
 mod tools;
 mod transports;
