@@ -80,9 +80,9 @@ async fn a_run_waits_without_a_worker_and_goes_on_with_what_was_decided(app: Tes
     );
     let states: Vec<_> = ended.of_type("StatusItem").iter().map(|item| text(&item["status"])).collect();
     assert_eq!(states, ["WAITING_APPROVAL", "QUEUED", "SUCCEEDED"]);
-    // Outputs stand in call order, whichever came first.
+    // What waited for a decision stands behind what did not.
     let told: Vec<_> = stage.model.requests()[1].messages().iter().filter(|m| m["role"] == "tool").cloned().collect();
-    assert_eq!(told[0]["tool_call_id"], "call_p");
+    assert_eq!(told[1]["tool_call_id"], "call_p");
     assert_eq!(stage.model.served().requests, 2);
     assert_eq!(ended.run["usage"]["totalTokens"], 35);
 }
@@ -105,7 +105,7 @@ async fn several_calls_are_decided_in_any_order(app: TestAppBuilder) {
     assert_eq!(ended.output(), "Done.");
     let told: Vec<_> = stage.model.requests()[1].messages().iter().filter(|m| m["role"] == "tool").cloned().collect();
     let told: Vec<_> = told.iter().map(|message| text(&message["content"])).collect();
-    assert_eq!(told, ["Tool execution was not approved.", "Not b.", "ran"]);
+    assert_eq!(told, ["Not b.", "ran", "Tool execution was not approved."], "in the order of the decisions");
     assert_eq!(stage.tools.requests().len(), 1);
     let again = mutate(stage.client(), "decideToolCall", decision(&id, &calls[0], true)).await;
     assert_eq!(refusals(&again, "decideToolCall"), [("STATE".to_owned(), "runId".to_owned())]);
