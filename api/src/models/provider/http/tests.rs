@@ -158,7 +158,29 @@ async fn an_answer_streams_and_completes() {
     assert!(head.contains(&format!("\r\nauthorization: bearer {KEY}")), "{head}");
     assert!(head.contains("\r\nuser-agent: cloister/"), "{head}");
     let body: Value = serde_json::from_str(body).unwrap();
-    assert_eq!(body, chat::body("upstream", &self::request()));
+    assert_eq!(body, chat::body("upstream", &self::request(), None).unwrap());
+}
+
+#[tokio::test]
+async fn a_response_streams_and_completes() {
+    let item = r#"{"id":"msg_1","type":"message","role":"assistant","content":[{"type":"output_text","text":"Hi"}]}"#;
+    let events = format!(
+        "event: response.output_text.delta\ndata: {{\"type\":\"response.output_text.delta\",\"output_index\":0,\"delta\":\"Hi\"}}\n\n\
+         data: {{\"type\":\"response.completed\",\"response\":{{\"output\":[{item}]}}}}\n\n"
+    );
+    let server = serve(format!("{SSE}\r\n{events}"), Then::Close).await;
+    let answer = provider(server.url).send(ProviderApi::Responses, "upstream", &request()).await.unwrap();
+    let events: Vec<_> = answer.events.map(Result::unwrap).collect().await;
+    let raw = serde_json::from_str::<Value>(item).ok();
+    let parts = vec![Part::Message { index: 0, text: "Hi".to_owned(), raw }];
+    let completion = Completion { parts, finish: Finish::Stop, usage: None };
+    let text = AnswerEvent::Text { index: 0, text: "Hi".to_owned() };
+    assert_eq!(events, [text, AnswerEvent::Complete(completion)]);
+    let request = server.request.await.unwrap();
+    let (head, body) = request.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("POST /v1/responses HTTP/1.1\r\n"), "{head}");
+    let body: Value = serde_json::from_str(body).unwrap();
+    assert_eq!(body, responses::body("upstream", &self::request()));
 }
 
 #[tokio::test]
@@ -280,7 +302,7 @@ async fn without_a_connection_nothing_was_charged() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = Url::parse(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
     drop(listener);
-    let error = provider(url).send("upstream", &request()).await.err().unwrap();
+    let error = provider(url).send(ProviderApi::Chat, "upstream", &request()).await.err().unwrap();
     assert!(matches!(error, SendError::Retryable { retry_after: None, .. }), "{error:?}");
 }
 
@@ -291,7 +313,7 @@ async fn a_request_without_a_status_may_have_been_charged() {
 
     let server = serve("", Then::Stay).await;
     let slow = HttpProviderConfig { first_byte_timeout: Duration::from_millis(50), ..config(server.url) };
-    let error = HttpProvider::new(slow).unwrap().send("upstream", &request()).await.err().unwrap();
+    let error = HttpProvider::new(slow).unwrap().send(ProviderApi::Chat, "upstream", &request()).await.err().unwrap();
     assert_eq!(error, SendError::Unknown { message: "acme did not answer within 0.05 s".to_owned() });
 }
 
