@@ -435,6 +435,7 @@ mod tests {
             thought("reasoning_content", "deepseek"),
             user("hi"),
             assistant("yes"),
+            user("really?"),
             thought("reasoning_content", "deepseek"),
             assistant("one"),
             assistant("two"),
@@ -442,7 +443,7 @@ mod tests {
         let sent = messages("deepseek", &request(items), None).unwrap();
         let thoughts: Vec<bool> =
             sent.as_array().unwrap().iter().map(|m| m.get("reasoning_content").is_some()).collect();
-        assert_eq!(thoughts, [false, false, true, false]);
+        assert_eq!(thoughts, [false, false, false, true, false]);
     }
 
     #[test]

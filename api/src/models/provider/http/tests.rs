@@ -225,10 +225,13 @@ async fn an_error_in_the_stream_is_a_cut() {
 async fn what_cannot_be_parsed_is_a_cut() {
     for garbage in ["data: {\"choices\": [\n\n", "data: {\"x\": \"\\ud800\"}\n\n", "data: 1e999\n\n"] {
         let (_, cut) = answer_to(&format!("{HELLO}{garbage}{STOP}{DONE}"), Then::Close).await;
-        assert_eq!(cut.unwrap().reason, "the provider sent an event that is no JSON");
+        assert_eq!(cut.unwrap().reason, Cut::broken("the provider sent an event that is no JSON", Vec::new()).reason);
     }
     let (_, cut) = answer_to("{\"choices\": []}", Then::Close).await;
-    assert_eq!(cut.unwrap().reason, "the provider ended its answer before it was complete");
+    assert_eq!(
+        cut.unwrap().reason,
+        Cut::broken("the provider ended its answer before it was complete", Vec::new()).reason
+    );
 }
 
 #[tokio::test]
@@ -244,13 +247,13 @@ async fn events_may_span_lines_and_be_any_json() {
 async fn bytes_and_silence_are_bounded() {
     let long = format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"{}\"}}}}]}}\n\n", "x".repeat(1000));
     let (events, cut) = answer_to(&long.repeat(100), Then::Stay).await;
-    assert_eq!(cut.unwrap().reason, "the answer is larger than 65536 bytes");
+    assert_eq!(cut.unwrap().reason, Cut::broken("the answer is larger than 65536 bytes", Vec::new()).reason);
     assert!(events.len() < 66);
 
     let server = serve(format!("{SSE}\r\n{HELLO}"), Then::Stay).await;
     let silent = HttpProviderConfig { idle_timeout: Duration::from_millis(50), ..config(server.url) };
     let (_, cut) = ask(&HttpProvider::new(silent).unwrap()).await;
-    assert_eq!(cut.unwrap().reason, "the provider sent nothing for 0.05 s");
+    assert_eq!(cut.unwrap().reason, Cut::broken("the provider sent nothing for 0.05 s", Vec::new()).reason);
 }
 
 #[tokio::test]
