@@ -7,6 +7,7 @@
 pub mod ids;
 pub mod item;
 pub mod journal;
+pub mod mcp;
 pub mod model;
 pub mod protocol;
 pub mod recorder;

@@ -16,6 +16,9 @@ pub struct Guardrail {
     /// Tool stages: the tool; null: every tool.
     tool: Option<String>,
     parallel: bool,
+    on_trip: OnTrip,
+    /// What the model is told on REJECT; null: that the guardrail rejected it, and why.
+    message: Option<String>,
     rule: GuardrailRule,
 }
 
@@ -26,6 +29,8 @@ impl From<spec::Guardrail> for Guardrail {
             stage: guardrail.stage.into(),
             tool: guardrail.tool,
             parallel: guardrail.parallel,
+            on_trip: if guardrail.ends_run { OnTrip::Fail } else { OnTrip::Reject },
+            message: guardrail.message,
             rule: guardrail.rule.into(),
         }
     }
@@ -43,6 +48,15 @@ pub enum GuardrailStage {
     ToolInput,
     /// A tool's output, before the model sees it.
     ToolOutput,
+}
+
+/// What a trip leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Enum)]
+pub enum OnTrip {
+    /// The run ends as FAILED with GUARDRAIL.
+    Fail,
+    /// Tool stages: the model is told, in place of the tool's output, and goes on.
+    Reject,
 }
 
 /// How a guardrail decides.

@@ -5,7 +5,7 @@ use async_graphql::{ID, InputObject, Json, MaybeUndefined, OneofObject};
 use serde_json::Value;
 
 use super::definition_graphql::{HandoffFilter, ReasoningEffort, ToolUseBehavior};
-use super::guardrails_graphql::GuardrailStage;
+use super::guardrails_graphql::{GuardrailStage, OnTrip};
 
 #[derive(InputObject)]
 pub struct CreateAgentInput {
@@ -137,6 +137,11 @@ pub struct GuardrailInput {
     pub tool: Option<String>,
     /// INPUT: run beside the first model call; no tool runs before the verdict.
     pub parallel: Option<bool>,
+    /// Tool stages; default: REJECT. At the other stages a trip always ends the run.
+    pub on_trip: Option<OnTrip>,
+    /// Tool stages with REJECT: what the model is told in place of the tool's output. Default: that the guardrail
+    /// rejected it, and why.
+    pub message: Option<String>,
     pub rule: GuardrailRuleInput,
 }
 

@@ -250,6 +250,16 @@ impl From<Item> for RunItem {
     }
 }
 
+impl ToolCallItem {
+    /// The item of a call.
+    pub fn of(item: Item) -> Option<Self> {
+        match RunItem::from(item) {
+            RunItem::ToolCall(call) => Some(call),
+            _ => None,
+        }
+    }
+}
+
 impl RunItem {
     /// A page of a run's items.
     pub fn page(page: Page<run_items::Model>) -> Result<Connection<Cursor, RunItem>> {

@@ -1,11 +1,13 @@
 //! Runs: started, cancelled, resumed; queued, executed, journaled, watched.
 
+pub mod approvals;
 pub mod claimed;
 pub mod events;
 pub mod graphql;
 pub mod items_graphql;
 pub mod journal;
 pub mod live;
+pub mod paused;
 pub mod pool;
 pub mod queue;
 pub mod record;
@@ -16,13 +18,14 @@ pub mod turn;
 pub mod wakes;
 
 use async_graphql::Enum;
-use cloister_runtime::item::{Body, RunStatus, Step};
+use cloister_runtime::item::{Body, Item, RunStatus, Step};
 use cloister_runtime::spec::RunSpec;
 use entity::runs::Status;
 use entity::{TenantOwned, runs};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, ColumnTrait, DatabaseTransaction, QueryFilter, QuerySelect};
 use serde_json::Value;
+use std::collections::HashSet;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -225,28 +228,32 @@ pub async fn cancel_all(app: &App, tenant_id: Uuid) -> Outcome<()> {
 async fn cancel_in(app: &App, tx: &DatabaseTransaction, mut run: runs::Model) -> Outcome<journal::Appended> {
     let items = journal::items_in(tx, &run).await?;
     let agent_name = items.last().map(|item| item.step.agent_name.clone()).unwrap_or_default();
-    let mut steps: Vec<Step> = Vec::new();
-    for item in &items {
-        if let Body::ToolCall { call_id, .. } = &item.step.body {
-            let output = Body::output(call_id, "The run was cancelled.", true);
-            steps.push(Step {
-                agent_name: item.step.agent_name.clone(),
-                turn: item.step.turn,
-                scope: item.step.scope.clone(),
-                body: output,
-            });
-        }
-    }
-    let answered = |id: &str| {
-        items.iter().any(|item| match &item.step.body {
-            Body::ToolOutput { call_id, .. } | Body::Handoff { call_id, .. } => call_id == id,
-            _ => false,
-        })
-    };
-    steps.retain(|step| !matches!(&step.body, Body::ToolOutput { call_id, .. } if answered(call_id)));
+    let mut steps = open_calls(&items, "The run was cancelled.");
     steps.push(Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Cancelled) });
     run.fence = raise_fence(tx, &run).await?;
     Ok(journal::write(app, tx, run, steps, app.clock.now()).await?)
+}
+
+/// An output for every call that has none, so that the history has no orphan.
+fn open_calls(items: &[Item], output: &str) -> Vec<Step> {
+    let answered: HashSet<(Option<&str>, &str)> = items
+        .iter()
+        .filter_map(|item| match &item.step.body {
+            Body::ToolOutput { call_id, .. } | Body::Handoff { call_id, .. } => {
+                Some((item.step.scope.as_deref(), call_id.as_str()))
+            }
+            _ => None,
+        })
+        .collect();
+    let open = items.iter().filter_map(|item| match &item.step.body {
+        Body::ToolCall { call_id, is_hosted: false, .. }
+            if !answered.contains(&(item.step.scope.as_deref(), call_id.as_str())) =>
+        {
+            Some(Step { body: Body::output(call_id, output, true), ..item.step.clone() })
+        }
+        _ => None,
+    });
+    open.collect()
 }
 
 async fn raise_fence(tx: &DatabaseTransaction, run: &runs::Model) -> Result<i64, Error> {
@@ -255,8 +262,7 @@ async fn raise_fence(tx: &DatabaseTransaction, run: &runs::Model) -> Result<i64,
 }
 
 /// Lets a run go on that is PAUSED_QUOTA.
-pub async fn resume(app: &App, viewer: &TenantViewer, id: Uuid) -> Outcome<runs::Model> {
-    let tenant_id = viewer.tenant_id();
+pub async fn resume(app: &App, tenant_id: Uuid, id: Uuid) -> Outcome<runs::Model> {
     let run = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.eq(id)).one(app.db.read()).await?;
     let run = run.ok_or_else(|| UserError::not_found("runId", "run"))?;
     let unused = quota::unused(app, tenant_id, run.api_key_id).await?;

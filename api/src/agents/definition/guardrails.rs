@@ -7,6 +7,7 @@ use cloister_runtime::spec::{Guardrail, GuardrailRule, GuardrailStage};
 use super::check_name;
 use super::schema::check_schema;
 use crate::agents::graphql::agent_id;
+use crate::agents::guardrails_graphql::OnTrip;
 use crate::agents::input_graphql::{GuardrailInput, GuardrailRuleInput};
 use crate::error::{UserError, UserErrorCode};
 use crate::input::Checks;
@@ -45,6 +46,19 @@ fn check(at: usize, guardrail: GuardrailInput, checks: &mut Checks) -> Guardrail
     if parallel && stage != GuardrailStage::Input {
         checks.push(UserError::invalid(&field("parallel"), "This goes with the stage INPUT only."));
     }
+    let is_of_tools = matches!(stage, GuardrailStage::ToolInput | GuardrailStage::ToolOutput);
+    if !is_of_tools && guardrail.on_trip == Some(OnTrip::Reject) {
+        let message = "This goes with the stages TOOL_INPUT and TOOL_OUTPUT only: elsewhere a trip ends the run.";
+        checks.push(UserError::invalid(&field("onTrip"), message));
+    }
+    let ends_run = !is_of_tools || guardrail.on_trip == Some(OnTrip::Fail);
+    if let Some(message) = &guardrail.message {
+        checks.text(&field("message"), message, 1, 10_000);
+        if ends_run {
+            let message = "A message is told to the model on a REJECT at the stages TOOL_INPUT and TOOL_OUTPUT only.";
+            checks.push(UserError::invalid(&field("message"), message));
+        }
+    }
     let rule = match guardrail.rule {
         GuardrailRuleInput::Regex(regex) => {
             check_pattern(checks, &field("rule.regex.pattern"), &regex.pattern);
@@ -60,7 +74,15 @@ fn check(at: usize, guardrail: GuardrailInput, checks: &mut Checks) -> Guardrail
         }
         GuardrailRuleInput::AgentId(id) => GuardrailRule::Agent { agent_id: agent_id(&id) },
     };
-    Guardrail { name: guardrail.name, stage, tool: guardrail.tool, parallel, rule }
+    Guardrail {
+        name: guardrail.name,
+        stage,
+        tool: guardrail.tool,
+        parallel,
+        rule,
+        ends_run,
+        message: guardrail.message,
+    }
 }
 
 fn check_pattern(checks: &mut Checks, field: &str, pattern: &str) {
