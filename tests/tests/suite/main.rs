@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod adversarial;
 mod agents;
 mod approvals;
 mod auth;
@@ -25,6 +26,7 @@ mod ledger;
 mod lies;
 mod limits;
 mod matrix;
+mod mcp;
 mod metering;
 mod model_server;
 mod nested;
@@ -36,6 +38,7 @@ mod rest;
 mod retention;
 mod runs;
 mod schema;
+mod ssrf;
 mod statements;
 mod steps;
 mod structured;
