@@ -14,13 +14,7 @@ const FAILED: &str = "An error occurred while running the tool. Please try again
 const MAX_MEMORY: u64 = 400;
 
 async fn stage() -> Stage {
-    Stage::set(
-        TestApp::builder()
-            .env("CLOISTER_PROVIDERS__SCRIPTED__ATTEMPTS", "2")
-            .env("CLOISTER_PROVIDERS__SCRIPTED__FIRST_BYTE_TIMEOUT_MS", "1000")
-            .env("CLOISTER_PROVIDERS__SCRIPTED__IDLE_TIMEOUT_MS", "1000"),
-    )
-    .await
+    Stage::set(TestApp::builder().env("CLOISTER_PROVIDERS__SCRIPTED__ATTEMPTS", "2")).await
 }
 
 /// What the server says it charged is what the run's ledger says, to the token, and it did not need much memory.
@@ -183,7 +177,11 @@ async fn answers_that_are_no_answers_end_the_run() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_ends_the_run() {
-    let stage = stage().await;
+    let impatient = TestApp::builder()
+        .env("CLOISTER_PROVIDERS__SCRIPTED__ATTEMPTS", "2")
+        .env("CLOISTER_PROVIDERS__SCRIPTED__FIRST_BYTE_TIMEOUT_MS", "1000")
+        .env("CLOISTER_PROVIDERS__SCRIPTED__IDLE_TIMEOUT_MS", "1000");
+    let stage = Stage::set(impatient).await;
     stage.model.script([Reply::hang(), Reply::hang()]);
     let agent = stage.agent(json!({})).await;
     let run = stage.run(&agent, "Go").await;
