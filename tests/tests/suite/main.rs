@@ -27,6 +27,7 @@ mod limits;
 mod matrix;
 mod metering;
 mod model_server;
+mod models;
 mod nested;
 mod publish;
 mod quota;
