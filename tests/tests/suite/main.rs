@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod agents;
+mod approvals;
 mod auth;
 mod bad_input;
 mod bad_requests;
@@ -17,6 +18,7 @@ mod events;
 mod faults;
 mod follow;
 mod generated;
+mod guardrails;
 mod handoffs;
 mod invoice;
 mod ledger;
@@ -25,6 +27,7 @@ mod limits;
 mod matrix;
 mod metering;
 mod model_server;
+mod nested;
 mod publish;
 mod quota;
 mod regressions;
@@ -35,6 +38,7 @@ mod runs;
 mod schema;
 mod statements;
 mod steps;
+mod structured;
 mod support;
 mod tools;
 mod transports;
