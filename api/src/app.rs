@@ -3,6 +3,7 @@
 use std::ops::Deref;
 use std::sync::Arc;
 
+use cloister_runtime::mcp::McpClient;
 use cloister_runtime::webhook::{AddressPolicy, WebhookClient};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
@@ -76,6 +77,8 @@ pub struct Parts {
     pub cluster: Cluster,
     /// Calls tenants' webhooks.
     pub webhooks: WebhookClient,
+    /// Calls tenants' MCP servers.
+    pub mcp: McpClient,
     /// The GraphQL schema.
     pub schema: Schema,
     /// What is counted, for Prometheus.
@@ -114,6 +117,7 @@ impl App {
     pub async fn new(config: Config, db: Db) -> Result<(Self, Option<String>), Error> {
         let vault = Vault::new(&config.secrets).map_err(Error::internal)?;
         let policy = AddressPolicy { allowed_hosts: config.webhooks.allowed_hosts.clone(), ..Default::default() };
+        let mcp = McpClient::new(policy.clone()).map_err(Error::internal)?;
         let webhooks = WebhookClient::new(policy).map_err(Error::internal)?;
         let cluster = Cluster::new(&config.cluster).await?;
         let clock = Clock::default();
@@ -143,6 +147,7 @@ impl App {
             pool: Pool::new(config.runs.concurrency),
             cluster,
             webhooks,
+            mcp,
             schema: crate::graphql::schema(&config.graphql),
             metrics: metrics::install(),
             tasks: TaskTracker::new(),

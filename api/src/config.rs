@@ -267,6 +267,8 @@ pub struct RunsConfig {
     pub timeout_seconds: u32,
     /// The most seconds a run may ask for.
     pub max_timeout_seconds: u32,
+    /// Seconds that a run waits for a decision about a tool's call until it fails.
+    pub approval_timeout_seconds: u32,
     /// Milliseconds a model call waits for others' reservations to be released.
     pub quota_wait_ms: u64,
 }
@@ -278,6 +280,7 @@ impl Default for RunsConfig {
             lease_seconds: 30,
             timeout_seconds: 3_600,
             max_timeout_seconds: 86_400,
+            approval_timeout_seconds: 604_800,
             quota_wait_ms: 60_000,
         }
     }
@@ -537,6 +540,9 @@ impl Config {
         }
         if self.runs.timeout_seconds == 0 || self.runs.timeout_seconds > self.runs.max_timeout_seconds {
             return refuse("runs.timeout_seconds must lie between 1 and runs.max_timeout_seconds".to_owned());
+        }
+        if self.runs.approval_timeout_seconds == 0 {
+            return refuse("runs.approval_timeout_seconds must be at least 1".to_owned());
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::agents;
-use crate::agents::input_graphql::{CreateAgentInput, UpdateAgentInput};
+use crate::agents::input_graphql::CreateAgentInput;
 use crate::app::App;
 use crate::billing::plans;
 use crate::config::{Config, PlanIsolation};
@@ -150,7 +150,7 @@ async fn make_demo(app: &App) -> Result<Demo, Refusal> {
     let model = if openai_key().is_some() { "gpt-4o-mini" } else { "demo" };
     let guide = "You are the guide of Cloister, a platform for AI agents. Answer in two or three friendly sentences.";
     let agent = CreateAgentInput::new("Guide", model, guide);
-    let agent = agents::create(app, tenant.id, UpdateAgentInput::from(agent).into(), true).await?;
+    let agent = agents::create(app, tenant.id, agent.into(), true).await?;
     Ok(Demo { key, agent_id: agent.id })
 }
 

@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::db::{Db, ServeLock};
 use crate::error::Error;
 use crate::keys::authority;
-use crate::runs::{announce, live, pool, queue};
+use crate::runs::{announce, approvals, live, paused, pool, queue};
 use crate::tenants::changes;
 use crate::usage::ledger;
 use crate::{bus, http, keys, models, retention, tenants};
@@ -177,6 +177,13 @@ fn background(app: &App) -> JoinSet<()> {
             live::follow_journals(&app).await
         });
     }
+    let plans = app.clone();
+    tasks.spawn(async move {
+        // The configuration may allow more than before.
+        if let Err(error) = paused::reconsider(plans.db.write(), paused::Whose::All).await {
+            tracing::warn!(inside = ?error, "paused runs were not looked at again; the next start does so");
+        }
+    });
     let deletions = app.clone();
     tasks.spawn(async move {
         if let Err(error) = tenants::finish_deletions(&deletions).await {
@@ -208,6 +215,8 @@ async fn sweep(app: &App) -> Result<(), Error> {
         announce(app, &waiting);
     }
     queue::gather(app).await?;
+    approvals::expire(app).await?;
+    paused::resume_due(app).await?;
     ledger::sweep(app, false).await
 }
 

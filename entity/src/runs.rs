@@ -101,6 +101,8 @@ pub struct Model {
     pub worker: Option<String>,
     /// When it fails unless somebody has decided; none unless it waits for an approval.
     pub waits_until: Option<DateTimeUtc>,
+    /// When its tokens ran out; none unless it is paused.
+    pub paused_at: Option<DateTimeUtc>,
     /// The most items of its conversation that it is shown, in whole turns; none: all.
     pub history_limit: Option<i32>,
 }

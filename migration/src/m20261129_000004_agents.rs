@@ -13,8 +13,10 @@ const STATEMENTS: &[&str] = &[
     "ALTER TABLE run_items ADD COLUMN scope text",
     "ALTER TABLE runs ADD COLUMN output_json json",
     "ALTER TABLE runs ADD COLUMN waits_until timestamptz",
+    "ALTER TABLE runs ADD COLUMN paused_at timestamptz",
     "ALTER TABLE runs ADD COLUMN history_limit integer",
     "CREATE INDEX runs_waiting ON runs (waits_until) WHERE waits_until IS NOT NULL",
+    "CREATE INDEX runs_paused ON runs (paused_at) WHERE paused_at IS NOT NULL",
 ];
 
 #[async_trait::async_trait]

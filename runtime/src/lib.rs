@@ -7,10 +7,12 @@
 pub mod ids;
 pub mod item;
 pub mod journal;
+pub mod mcp;
 pub mod model;
 pub mod protocol;
 pub mod recorder;
 pub mod run;
+pub mod schema;
 pub mod signals;
 pub mod spec;
 pub mod webhook;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use cloister_runtime::mcp::McpClient;
 use cloister_runtime::protocol::is_worker_name;
 use cloister_runtime::signals::asked_to_stop;
 use cloister_runtime::webhook::{AddressPolicy, WebhookClient};
@@ -49,10 +50,11 @@ async fn run() -> Result<(), String> {
     let api = Arc::new(Api::new(&settings.api_url, Token::read(&settings.token_file).await?)?);
     let (allowed_hosts, allowed_nets) = (settings.allowed_hosts.clone(), settings.allowed_nets.clone());
     let policy = AddressPolicy { allowed_hosts, allowed_nets };
+    let mcp = McpClient::new(policy.clone()).map_err(|error| format!("no HTTP client: {error}"))?;
     let webhooks = WebhookClient::new(policy).map_err(|error| format!("no HTTP client: {error}"))?;
     let stopping = CancellationToken::new();
     let name = settings.name.clone().or_else(host_name);
-    let worker = Arc::new(Worker::new(api.clone(), webhooks, name, settings.concurrency, stopping.clone()));
+    let worker = Arc::new(Worker::new(api.clone(), webhooks, mcp, name, settings.concurrency, stopping.clone()));
 
     let listen = settings.listen;
     let refused = |error: std::io::Error| format!("CLOISTER_RUNTIME__LISTEN {listen}: {error}");

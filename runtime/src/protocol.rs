@@ -69,10 +69,11 @@ pub struct Claims {
 pub struct AppendRequest {
     /// The right to write.
     pub lease: Lease,
-    /// The sequence that the first item is to have.
+    /// The sequence that the first item is to have. Where nested runs or decisions about calls may come between, the
+    /// earliest that it can have.
     pub from_seq: i64,
-    /// What the worker did: outputs of tools, a handoff, the run's end or pause. What the model answered is stored by
-    /// the api itself.
+    /// What the worker did: outputs of tools, a handoff, calls that need approval, guardrails that tripped, the run's end
+    /// or pause. What the model answered is stored by the api itself.
     pub items: Vec<Step>,
 }
 
@@ -118,10 +119,23 @@ pub struct ModelTurn {
     pub lease: Lease,
     /// The turn, from 1.
     pub turn: u32,
-    /// The sequence that the response's first item is to have.
+    /// The nested run that asks; none for the run itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<String>,
+    /// The agent that asks, in a nested run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_id: Option<Uuid>,
+    /// Whether a text that is the last thing to handle is the run's output, if its agent is one whose text can be.
+    #[serde(default = "yes")]
+    pub is_final: bool,
+    /// The sequence that the response's first item is to have, as in [`AppendRequest`].
     pub from_seq: i64,
     /// What the model is asked, within what the run's agent allows.
     pub request: ModelRequest,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// An event of a model's answer.
@@ -208,17 +222,18 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read() {
-        let step = Step { agent_name: "A".into(), turn: Some(1), body: Body::output("c", "text", false) };
+        let step = Step { agent_name: "A".into(), turn: Some(1), scope: None, body: Body::output("c", "text", false) };
         let item = Item { sequence: 4, created_at: DateTime::UNIX_EPOCH, step: step.clone() };
         let read: Item = serde_json::from_value(serde_json::to_value(&item).unwrap()).unwrap();
         assert_eq!(read, item);
-        let end = Step { agent_name: "A".into(), turn: None, body: Body::status(RunStatus::PausedQuota) };
+        let end = Step { agent_name: "A".into(), turn: None, scope: None, body: Body::status(RunStatus::PausedQuota) };
         for step in [step, end] {
             let read: Step = serde_json::from_str(&serde_json::to_string(&step).unwrap()).unwrap();
             assert_eq!(read, step);
         }
         let response = ModelResponse {
-            parts: vec![Part::Message { index: 1, text: "Hi".into() }],
+            model: "m".into(),
+            parts: vec![Part::Message { index: 1, text: "Hi".into(), raw: None }],
             finish: Finish::Stop,
             usage: TokenUsage::default(),
         };

@@ -2,8 +2,9 @@
 
 use std::collections::HashSet;
 
-use crate::item::{Body, Role, RunErrorCode, RunStatus, Step, arguments_hash};
+use crate::item::{Body, Role, RunError, RunErrorCode, RunStatus, Step, arguments_hash};
 use crate::model::{Finish, ModelResponse, Part};
+use crate::spec::{AgentSpec, GuardrailStage};
 
 /// What is known of a turn before its response arrives. It owns all it needs, since the
 /// response may be recorded after the loop that asked for it is gone.
@@ -13,7 +14,11 @@ pub struct TurnRecorder {
     pub turn: u32,
     /// The agent at work.
     pub agent_name: String,
-    /// The sequence that the response's first item will have.
+    /// The nested run; none for the run itself.
+    pub scope: Option<String>,
+    /// Whether a text that is the last thing to handle is the run's output ([`TurnRecorder::ends_with_text`]).
+    pub is_final: bool,
+    /// The earliest sequence that the response's first item can have.
     pub from_sequence: i64,
     /// Call ids the run has used.
     pub used_call_ids: HashSet<String>,
@@ -58,16 +63,43 @@ impl TurnRecorder {
                 }),
             })
             .collect();
-        bodies.push(Body::Usage { model: response.model.clone(), usage: response.usage, failure: None });
+        let failure = unusable(response);
+        let end = match &self.scope {
+            // A nested run has no state of its own.
+            Some(_) => None,
+            None => failure.clone().map(|error| Body::failed(error.code, error.message)).or_else(|| self.end(response)),
+        };
+        let failure = failure.filter(|_| self.scope.is_some());
+        bodies.push(Body::Usage { model: response.model.clone(), usage: response.usage, failure });
         let mut steps: Vec<Step> = bodies.into_iter().map(|body| self.step(body)).collect();
         // A change of state stands outside the turn, like every other.
-        steps.extend(end(response).map(|body| Step { turn: None, ..self.step(body) }));
+        steps.extend(end.map(|body| Step { turn: None, ..self.step(body) }));
         steps
+    }
+
+    /// Whether an agent's text is its final output as it is, without anything to be made sure of.
+    pub fn ends_with_text(agent: &AgentSpec) -> bool {
+        agent.output.is_none() && !agent.guardrails.iter().any(|guardrail| guardrail.stage == GuardrailStage::Output)
+    }
+
+    /// How a response ends the run, if it does. One with calls never does, nor do calls of the provider's own alone.
+    fn end(&self, response: &ModelResponse) -> Option<Body> {
+        let has_calls = response.parts.iter().any(|part| matches!(part, Part::ToolCall { .. }));
+        let has_hosted_calls = response.parts.iter().any(|part| matches!(part, Part::HostedCall { .. }));
+        let last = response.parts.iter().rev().find_map(|part| match part {
+            Part::Message { text, .. } => Some(text.clone()),
+            _ => None,
+        });
+        if !self.is_final || has_calls || (has_hosted_calls && last.is_none()) {
+            return None;
+        }
+        let output = Some(last.unwrap_or_default());
+        Some(Body::Status { status: RunStatus::Succeeded, error: None, output, output_json: None })
     }
 
     /// An item of this turn.
     pub fn step(&self, body: Body) -> Step {
-        Step { agent_name: self.agent_name.clone(), turn: Some(self.turn), scope: None, body }
+        Step { agent_name: self.agent_name.clone(), turn: Some(self.turn), scope: self.scope.clone(), body }
     }
 
     /// Gives the response's calls their ids, in order.
@@ -104,29 +136,10 @@ impl CallIds {
     }
 }
 
-/// How a response ends the run, if it does. One with calls never does.
-fn end(response: &ModelResponse) -> Option<Body> {
-    if response.parts.iter().any(|part| matches!(part, Part::ToolCall { .. })) {
-        return None;
-    }
-    if let Some((code, message)) = unusable(response) {
-        return Some(Body::failed(code, message));
-    }
-    let last = response.parts.iter().rev().find_map(|part| match part {
-        Part::Message { text, .. } => Some(text.clone()),
-        _ => None,
-    });
-    Some(Body::Status {
-        status: RunStatus::Succeeded,
-        error: None,
-        output: Some(last.unwrap_or_default()),
-        output_json: None,
-    })
-}
-
 /// Why a response ends the run as failed, if it does. Beside calls nothing does: they are handled, and the model
 /// goes on.
-fn unusable(response: &ModelResponse) -> Option<(RunErrorCode, String)> {
+fn unusable(response: &ModelResponse) -> Option<RunError> {
+    let error = |code, message: String| Some(RunError { code, message });
     if response.parts.iter().any(|part| matches!(part, Part::ToolCall { .. })) {
         return None;
     }
@@ -139,7 +152,7 @@ fn unusable(response: &ModelResponse) -> Option<(RunErrorCode, String)> {
         })
         .collect();
     if !refusal.is_empty() {
-        return Some((RunErrorCode::ModelRefusal, format!("The model refused to answer: {refusal}")));
+        return error(RunErrorCode::ModelRefusal, format!("The model refused to answer: {refusal}"));
     }
     if response.parts.iter().any(|part| matches!(part, Part::Message { text, .. } if !text.is_empty())) {
         return None;
@@ -147,10 +160,10 @@ fn unusable(response: &ModelResponse) -> Option<(RunErrorCode, String)> {
     match response.finish {
         Finish::Stop => None,
         Finish::Length => {
-            Some((RunErrorCode::ModelBehavior, "The model used up its output tokens before it said anything.".into()))
+            error(RunErrorCode::ModelBehavior, "The model used up its output tokens before it said anything.".into())
         }
         Finish::ContentFilter => {
-            Some((RunErrorCode::ModelRefusal, "The provider's content filter withheld the answer.".into()))
+            error(RunErrorCode::ModelRefusal, "The provider's content filter withheld the answer.".into())
         }
     }
 }
@@ -178,7 +191,7 @@ mod tests {
 
     #[test]
     fn refusals_count_unless_there_are_calls() {
-        let code = |parts, finish| unusable(&response(parts, finish)).map(|(code, _)| code);
+        let code = |parts, finish| unusable(&response(parts, finish)).map(|error| error.code);
         let refused = Some(RunErrorCode::ModelRefusal);
         assert_eq!(code(vec![refusal()], Finish::Stop), refused);
         assert_eq!(code(vec![text("But"), refusal()], Finish::Stop), refused);
@@ -187,7 +200,7 @@ mod tests {
 
     #[test]
     fn an_empty_message_fails_by_its_finish() {
-        let code = |parts, finish| unusable(&response(parts, finish)).map(|(code, _)| code);
+        let code = |parts, finish| unusable(&response(parts, finish)).map(|error| error.code);
         assert_eq!(code(vec![], Finish::Stop), None);
         assert_eq!(code(vec![text("")], Finish::Length), Some(RunErrorCode::ModelBehavior));
         assert_eq!(code(vec![], Finish::ContentFilter), Some(RunErrorCode::ModelRefusal));

@@ -21,6 +21,15 @@ pub struct RunSpec {
     pub input: String,
 }
 
+impl RunSpec {
+    /// Whether others than the run's own flow may write its journal: nested runs, and who decides about calls.
+    pub fn has_other_authors(&self) -> bool {
+        let nests = |tool: &Tool| matches!(tool, Tool::Agent(_)) || tool.needs_approval();
+        let asks = |guardrail: &Guardrail| matches!(guardrail.rule, GuardrailRule::Agent { .. });
+        self.agents.values().any(|agent| agent.tools.iter().any(nests) || agent.guardrails.iter().any(asks))
+    }
+}
+
 /// An agent, in one published version or as a draft.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AgentSpec {
@@ -180,6 +189,16 @@ pub struct HostedTool {
 }
 
 impl Tool {
+    /// Whether somebody must agree to each call.
+    pub fn needs_approval(&self) -> bool {
+        match self {
+            Tool::Webhook(tool) => tool.needs_approval,
+            Tool::Agent(tool) => tool.needs_approval,
+            Tool::Mcp(server) => server.needs_approval,
+            Tool::Hosted(_) => false,
+        }
+    }
+
     /// Its bearer token, if it is of a kind that has one.
     pub fn token_mut(&mut self) -> Option<&mut Option<String>> {
         match self {
@@ -203,6 +222,12 @@ pub struct Guardrail {
     pub parallel: bool,
     /// How it decides.
     pub rule: GuardrailRule,
+    /// Tool stages: a trip ends the run, instead of being told to the model in place of the tool's output.
+    #[serde(default)]
+    pub ends_run: bool,
+    /// Tool stages: what the model is told on a trip; none: our own words.
+    #[serde(default)]
+    pub message: Option<String>,
 }
 
 /// What a guardrail looks at.

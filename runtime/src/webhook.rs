@@ -163,10 +163,9 @@ pub struct WebhookCall<'a> {
     pub timeout: Duration,
     /// The run.
     pub run_id: Uuid,
-    /// The turn, from 1.
-    pub turn: u32,
-    /// The call's place among the calls of its response, from 0.
-    pub index: usize,
+    /// The call's place in the run: the turn, from 1, and the place among the calls of its response, from 0, as `3.0`;
+    /// in a nested run after the place of the agent tool's call, as `3.0/1.2`.
+    pub place: &'a str,
     /// Standard-Webhooks secrets (base64), each of which signs.
     pub secrets: &'a [String],
 }
@@ -174,13 +173,13 @@ pub struct WebhookCall<'a> {
 impl WebhookCall<'_> {
     /// The same for each repetition of the call, and for no other call.
     fn idempotency_key(&self) -> String {
-        format!("{}:{}.{}", self.run_id, self.turn, self.index)
+        format!("{}:{}", self.run_id, self.place)
     }
 
     /// The message's id as Standard Webhooks wants it: the idempotency key without the full stop, which separates the
     /// parts of what is signed.
     fn message_id(&self) -> String {
-        format!("msg_{}_{}_{}", self.run_id.simple(), self.turn, self.index)
+        format!("msg_{}_{}", self.run_id.simple(), self.place.replace(['.', '/'], "_"))
     }
 
     fn body(&self) -> &str {

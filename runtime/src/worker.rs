@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use cloister_runtime::ids;
+use cloister_runtime::mcp::McpClient;
 use cloister_runtime::protocol::{
     Accepted, ClaimRequest, Claims, HeartbeatRequest, Heartbeats, MAX_CLAIMS, ReleaseRequest, Standing,
 };
@@ -34,6 +35,7 @@ const FAREWELL: Duration = Duration::from_secs(3);
 pub struct Worker {
     api: Arc<Api>,
     webhooks: WebhookClient,
+    mcp: McpClient,
     /// The name that its runs are noted under.
     name: Option<String>,
     places: Arc<Semaphore>,
@@ -59,6 +61,7 @@ impl Worker {
     pub fn new(
         api: Arc<Api>,
         webhooks: WebhookClient,
+        mcp: McpClient,
         name: Option<String>,
         concurrency: u32,
         stopping: CancellationToken,
@@ -66,6 +69,7 @@ impl Worker {
         Self {
             api,
             webhooks,
+            mcp,
             name,
             places: Arc::new(Semaphore::new(concurrency as usize)),
             held: Mutex::default(),
@@ -162,7 +166,8 @@ impl Worker {
     /// A run that panics is given back: another worker may do better.
     async fn execute(&self, claim: Claim, stop: &Stop) -> Outcome {
         let remote = Arc::new(RemoteRun::new(self.api.clone(), stop.hand_back.clone()));
-        let ports = Ports { model: remote.clone(), journal: remote, webhooks: self.webhooks.clone() };
+        let ports =
+            Ports { model: remote.clone(), journal: remote, webhooks: self.webhooks.clone(), mcp: self.mcp.clone() };
         let (run_id, stop) = (claim.lease.run_id, stop.clone());
         let running = tokio::spawn(async move { run(claim, &ports, &stop).await });
         running.await.unwrap_or_else(|error| {
@@ -312,6 +317,7 @@ fn label(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Ended => "ended",
         Outcome::Paused => "paused",
+        Outcome::Waiting => "waiting",
         Outcome::HandedBack => "handed_back",
         Outcome::LeaseLost => "lease_lost",
         Outcome::JournalUnavailable => "journal_unavailable",

@@ -1,5 +1,5 @@
 //! A model provider under the test's control: the OpenAI API over HTTP, answers from a script, and
-//! a count of every token it charged.
+//! a count of every token it charged. It speaks Chat Completions and the Responses API: the same script answers either.
 //!
 //! The script is a queue of [`Reply`]s ([`ModelServer::script`]); where it is empty, a function
 //! answers ([`ModelServer::always`]). Nothing here is random, and nothing depends on the clock
@@ -9,7 +9,9 @@ mod completion;
 mod delivery;
 mod record;
 mod reply;
+mod responses;
 mod validate;
+mod validate_responses;
 
 use std::collections::VecDeque;
 use std::io;
@@ -29,8 +31,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::completion::Rendered;
 use self::delivery::Gate;
+pub use self::record::{Api, Ending, RecordedRequest, Served, Usage};
 use self::record::{Book, Ticket};
-pub use self::record::{Ending, RecordedRequest, Served, Usage};
 pub use self::reply::Reply;
 use self::reply::{Answer, Refusal};
 
@@ -75,6 +77,7 @@ impl ModelServer {
         });
         let router = Router::new()
             .route("/v1/chat/completions", post(chat_completions))
+            .route("/v1/responses", post(create_response))
             .route("/v1/models", get(models))
             .route("/served", get(served))
             .fallback(unknown_route)
@@ -94,7 +97,7 @@ impl ModelServer {
         format!("http://{}/v1", self.address)
     }
 
-    /// Adds replies to the queue: each answers one chat request, in the order the requests come.
+    /// Adds replies to the queue: each answers one request, in the order the requests come.
     pub fn script(&self, replies: impl IntoIterator<Item = Reply>) {
         self.provider.queue.lock().unwrap().extend(replies);
     }
@@ -115,7 +118,7 @@ impl ModelServer {
         self.provider.book.served()
     }
 
-    /// The chat requests so far, in the order they came, as they stand now.
+    /// The requests so far, in the order they came, as they stand now.
     pub fn requests(&self) -> Vec<RecordedRequest> {
         self.provider.book.requests()
     }
@@ -125,7 +128,7 @@ impl ModelServer {
         self.provider.book.keep_last(count);
     }
 
-    /// Waits until `count` chat requests have come, counted from the start, and returns the first `count`.
+    /// Waits until `count` requests have come, counted from the start, and returns the first `count`.
     ///
     /// # Panics
     /// They don't come within [`crate::PATIENCE`].
@@ -177,17 +180,25 @@ impl Provider {
 }
 
 async fn chat_completions(State(provider): State<Arc<Provider>>, headers: HeaderMap, body: Body) -> Response {
+    respond(&provider, Api::ChatCompletions, headers, body).await
+}
+
+async fn create_response(State(provider): State<Arc<Provider>>, headers: HeaderMap, body: Body) -> Response {
+    respond(&provider, Api::Responses, headers, body).await
+}
+
+async fn respond(provider: &Provider, api: Api, headers: HeaderMap, body: Body) -> Response {
     let body = match axum::body::to_bytes(body, MAX_BODY).await {
         Ok(body) => body,
         Err(_) => return Refusal::new(413, "The request body could not be read.").into_response(),
     };
     let parsed = serde_json::from_slice::<Value>(&body).ok();
-    let (request, ticket) = provider.book.open(headers, parsed.clone().unwrap_or(Value::Null));
+    let (request, ticket) = provider.book.open(api, headers, parsed.clone().unwrap_or(Value::Null));
     let reply = match validate::check(&request, parsed.is_some()) {
         Ok(()) => provider.next_reply(&request),
         Err(refusal) => Reply::refused(refusal),
     };
-    let mut response = answer(&provider, reply, &request, ticket).await;
+    let mut response = answer(provider, reply, &request, ticket).await;
     let headers = response.headers_mut();
     headers.insert("x-request-id", format!("req_{:016x}", request.number).parse().expect("ASCII"));
     headers.insert("openai-version", "2020-10-01".parse().expect("ASCII"));

@@ -1,42 +1,56 @@
 //! What an agent is: checked when it is saved, stored as JSON, frozen by a publish.
 
-use cloister_runtime::spec::{ModelSettings, ToolUseBehavior, WebhookTool};
-use cloister_runtime::webhook::{AddressPolicy, check_form, check_url};
-use entity::tenants::{self, Isolation};
+mod guardrails;
+mod handoffs;
+mod schema;
+mod tools;
+
+use std::collections::HashSet;
+
+use cloister_runtime::spec::{Guardrail, GuardrailRule, ModelSettings, Tool, ToolUseBehavior};
+use entity::tenants;
 use serde::{Deserialize, Serialize};
-use url::Url;
+use serde_json::Value;
 use uuid::Uuid;
 
+pub use self::handoffs::HandoffDraft;
+use self::tools::{MAX_TOOLS, Tools};
+use super::input_graphql::{ModelSettingsInput, UpdateAgentInput};
 use crate::app::App;
 use crate::error::{Outcome, UserError, UserErrorCode};
-use crate::input::{Checks, Patch, PatchExt};
+use crate::input::{Checks, PatchExt};
 
 /// Model calls of a run unless the agent says otherwise; the Agents SDK's default.
 pub const DEFAULT_MAX_TURNS: u32 = 10;
+const MAX_MAX_TURNS: i32 = 1_000;
 /// Calls of one response that run at once, unless the agent says otherwise.
 pub const DEFAULT_TOOL_CONCURRENCY: u32 = 8;
-/// Milliseconds until a tool's call counts as timed out, unless the tool says otherwise.
-const DEFAULT_TOOL_TIMEOUT_MS: i32 = 30_000;
-/// What OpenAI takes at most.
-const MAX_TOOLS: usize = 128;
-const MAX_HANDOFFS: usize = 64;
-const MAX_SCHEMA_BYTES: usize = 64 * 1024;
+const MAX_FALLBACKS: usize = 8;
 
-/// A draft's or a version's definition.
+/// A draft's or a version's definition. What a field's absence means is said for those that came later.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Definition {
     /// The catalogue's name of the model.
     pub model: String,
-    /// The system prompt.
+    /// Models in place of one that is unavailable, in order.
+    #[serde(default)]
+    pub fallback_models: Vec<String>,
+    /// The system prompt, its variables in braces.
     pub instructions: String,
     /// Sampling and tool choice.
     pub settings: ModelSettings,
     /// Tools; their tokens sealed.
-    pub tools: Vec<WebhookTool>,
+    pub tools: Vec<Tool>,
     /// Whom it may hand off to.
     pub handoffs: Vec<HandoffDraft>,
     /// What others are told of a handoff to it.
     pub handoff_description: Option<String>,
+    /// Checks on what goes in and comes out.
+    #[serde(default)]
+    pub guardrails: Vec<Guardrail>,
+    /// JSON Schema of its final answer, as its tenant wrote it.
+    #[serde(default)]
+    pub output_schema: Option<Value>,
     /// What becomes of a turn whose tools have run.
     pub tool_use_behavior: ToolUseBehavior,
     /// With STOP_AT_TOOLS.
@@ -49,68 +63,18 @@ pub struct Definition {
     pub max_tool_concurrency: u32,
 }
 
-/// A handoff as it was saved; names left out follow the target.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct HandoffDraft {
-    /// The target.
-    pub agent_id: Uuid,
-    /// The name of its tool.
-    pub tool_name: Option<String>,
-    /// What the model is told of it.
-    pub tool_description: Option<String>,
-}
-
-/// A webhook tool as it comes in.
-pub struct WebhookToolInput {
-    /// The name the model calls it by.
-    pub name: String,
-    /// What the model is told of it.
-    pub description: String,
-    /// JSON Schema of the arguments.
-    pub parameters: Option<serde_json::Value>,
-    /// Where it is POSTed.
-    pub url: String,
-    /// Left out: kept from the tool of the same name and URL origin. Null: none.
-    pub token: Patch<String>,
-    /// Milliseconds.
-    pub timeout_ms: Option<i32>,
-}
-
-/// What is changed of a definition: a field left out stays, null is the default again.
-pub struct Change {
-    /// See [`Definition`].
-    pub model: Patch<String>,
-    /// See [`Definition`].
-    pub instructions: Patch<String>,
-    /// See [`Definition`].
-    pub settings: Patch<ModelSettings>,
-    /// See [`Definition`].
-    pub tools: Patch<Vec<WebhookToolInput>>,
-    /// See [`Definition`].
-    pub handoffs: Patch<Vec<HandoffDraft>>,
-    /// See [`Definition`].
-    pub handoff_description: Patch<String>,
-    /// See [`Definition`].
-    pub tool_use_behavior: Patch<ToolUseBehavior>,
-    /// See [`Definition`].
-    pub stop_at_tools: Patch<Vec<String>>,
-    /// See [`Definition`].
-    pub max_turns: Patch<i32>,
-    /// See [`Definition`].
-    pub reset_tool_choice: Patch<bool>,
-    /// See [`Definition`].
-    pub max_tool_concurrency: Patch<i32>,
-}
-
 impl Default for Definition {
     fn default() -> Self {
         Self {
             model: String::new(),
+            fallback_models: Vec::new(),
             instructions: String::new(),
             settings: ModelSettings::default(),
             tools: Vec::new(),
             handoffs: Vec::new(),
             handoff_description: None,
+            guardrails: Vec::new(),
+            output_schema: None,
             tool_use_behavior: ToolUseBehavior::default(),
             stop_at_tools: Vec::new(),
             max_turns: DEFAULT_MAX_TURNS,
@@ -121,33 +85,52 @@ impl Default for Definition {
 }
 
 impl Definition {
-    /// The definition with a change made; every problem is added to `checks` with its path.
-    pub fn changed(&self, app: &App, tenant: &tenants::Model, change: Change, checks: &mut Checks) -> Outcome<Self> {
+    /// The definition with a change made: a field left out stays, null is the default again. Every problem is added to
+    /// `checks` with its path.
+    pub fn changed(
+        &self,
+        app: &App,
+        tenant: &tenants::Model,
+        change: UpdateAgentInput,
+        checks: &mut Checks,
+    ) -> Outcome<Self> {
         let mut new = self.clone();
         if let Some(model) = checks.required("model", change.model) {
             new.model = model;
+        }
+        if let Some(models) = change.fallback_models.into_option() {
+            new.fallback_models = models.unwrap_or_default();
         }
         if let Some(instructions) = checks.required("instructions", change.instructions) {
             checks.text("instructions", &instructions, 0, 100_000);
             new.instructions = instructions;
         }
-        if let Some(settings) = change.settings.into_option() {
-            new.settings = settings.unwrap_or_default();
+        if let Some(settings) = change.model_settings.into_option() {
+            new.settings = settings.map(|settings| model_settings(settings, checks)).unwrap_or_default();
         }
-        new.check_model(app, checks);
+        new.check_models(app, checks);
         if let Some(tools) = change.tools.into_option() {
-            new.tools = self.with_tools(app, tenant, tools.unwrap_or_default(), checks)?;
+            let saved = Tools { app, tenant, before: &self.tools };
+            new.tools = saved.checked(tools.unwrap_or_default(), checks)?;
         }
         if let Some(handoffs) = change.handoffs.into_option() {
-            new.handoffs = handoffs.unwrap_or_default();
-            new.check_handoffs(checks);
+            new.handoffs = handoffs::checked(handoffs.unwrap_or_default(), checks);
         }
         if let Some(description) = change.handoff_description.into_option() {
             checks.text("handoffDescription", description.as_deref().unwrap_or_default(), 0, 1_024);
             new.handoff_description = description;
         }
+        if let Some(guardrails) = change.guardrails.into_option() {
+            new.guardrails = guardrails::checked(guardrails.unwrap_or_default(), checks);
+        }
+        if let Some(schema) = change.output_schema.into_option() {
+            new.output_schema = schema.map(|schema| schema.0);
+            if let Some(schema) = &new.output_schema {
+                schema::check_schema(checks, "outputSchema", schema);
+            }
+        }
         if let Some(behavior) = change.tool_use_behavior.into_option() {
-            new.tool_use_behavior = behavior.unwrap_or_default();
+            new.tool_use_behavior = behavior.map(Into::into).unwrap_or_default();
         }
         if let Some(names) = change.stop_at_tools.into_option() {
             new.stop_at_tools = names.unwrap_or_default();
@@ -157,7 +140,7 @@ impl Definition {
             }
         }
         if let Some(max_turns) = change.max_turns.into_option() {
-            new.max_turns = positive(checks, "maxTurns", max_turns, DEFAULT_MAX_TURNS, 1_000);
+            new.max_turns = positive(checks, "maxTurns", max_turns, DEFAULT_MAX_TURNS, MAX_MAX_TURNS);
         }
         if let Some(reset) = change.reset_tool_choice.into_option() {
             new.reset_tool_choice = reset.unwrap_or(true);
@@ -168,16 +151,21 @@ impl Definition {
         Ok(new)
     }
 
-    fn check_model(&self, app: &App, checks: &mut Checks) {
-        let settings = &self.settings;
-        let mut most_output = u32::MAX;
-        match app.catalog.get(&self.model) {
-            Some(model) => most_output = model.model.max_output_tokens.unsigned_abs(),
-            None => {
-                let message = format!("There is no model {:?}. There are: {}.", self.model, app.catalog.names());
-                checks.push(UserError::new(UserErrorCode::UnknownModel, "model", message));
+    fn check_models(&self, app: &App, checks: &mut Checks) {
+        self.check_known_models(app, |field, message| {
+            checks.push(UserError::new(UserErrorCode::UnknownModel, field, message));
+        });
+        checks.count("fallbackModels", self.fallback_models.len(), MAX_FALLBACKS);
+        let mut seen = HashSet::from([&self.model]);
+        for (at, model) in self.fallback_models.iter().enumerate() {
+            if !seen.insert(model) {
+                let message = format!("The model {model:?} is tried before already.");
+                checks.push(UserError::new(UserErrorCode::Duplicate, &format!("fallbackModels.{at}"), message));
             }
         }
+        let settings = &self.settings;
+        let most_output =
+            app.catalog.get(&self.model).map_or(u32::MAX, |known| known.model.max_output_tokens.unsigned_abs());
         if let Some(temperature) = settings.temperature {
             checks.range("modelSettings.temperature", temperature, 0.0, 2.0);
         }
@@ -192,75 +180,51 @@ impl Definition {
         }
     }
 
-    fn with_tools(
-        &self,
-        app: &App,
-        tenant: &tenants::Model,
-        tools: Vec<WebhookToolInput>,
-        checks: &mut Checks,
-    ) -> Outcome<Vec<WebhookTool>> {
-        checks.count("tools", tools.len(), MAX_TOOLS);
-        let allowed_hosts = app.config.webhooks.allowed_hosts.clone();
-        let policy = AddressPolicy { allowed_hosts, ..AddressPolicy::default() };
-        let check = |url: &str| match tenant.isolation {
-            // Its own workers call, from a network that only they know: they check where the URL leads.
-            Isolation::Dedicated => check_form(url),
-            Isolation::Shared => check_url(url, &policy),
-        };
-        let mut checked = Vec::with_capacity(tools.len());
-        for (at, tool) in tools.into_iter().enumerate() {
-            let field = |name: &str| format!("tools.{at}.webhook.{name}");
-            check_name(checks, &field("name"), &tool.name);
-            checks.text(&field("description"), &tool.description, 0, 1_024);
-            checks.text(&field("url"), &tool.url, 1, 2_048);
-            if let Err(error) = check(&tool.url) {
-                checks.push(UserError::invalid(&field("url"), format!("The URL {error}")));
-            }
-            let parameters = tool.parameters.unwrap_or_else(no_parameters);
-            check_schema(checks, &field("parameters"), &parameters);
-            let timeout_ms = tool.timeout_ms.unwrap_or(DEFAULT_TOOL_TIMEOUT_MS);
-            checks.range(&field("timeoutMs"), timeout_ms, 1, 300_000);
-            let token = match tool.token {
-                Patch::Value(token) => {
-                    checks.text(&field("token"), &token, 1, 4_096);
-                    if token.chars().any(|c| !c.is_ascii_graphic()) {
-                        checks.push(UserError::invalid(&field("token"), "A token has visible ASCII characters only."));
-                    }
-                    Some(app.vault.seal(tenant.id, &token)?)
-                }
-                Patch::Null => None,
-                Patch::Undefined => self.kept_token(&tool.name, &tool.url),
-            };
-            checked.push(WebhookTool {
-                name: tool.name,
-                description: tool.description,
-                parameters,
-                url: tool.url,
-                token,
-                timeout_ms: timeout_ms.unsigned_abs(),
-                needs_approval: false,
-            });
-        }
-        Ok(checked)
-    }
-
-    /// A token is kept only for the origin that it was given for.
-    fn kept_token(&self, name: &str, url: &str) -> Option<String> {
-        let origin = |url: &str| Url::parse(url).ok().map(|url| url.origin());
-        let kept = self.tools.iter().find(|tool| tool.name == name && origin(&tool.url) == origin(url))?;
-        kept.token.clone()
-    }
-
-    fn check_handoffs(&self, checks: &mut Checks) {
-        checks.count("handoffs", self.handoffs.len(), MAX_HANDOFFS);
-        for (at, handoff) in self.handoffs.iter().enumerate() {
-            if let Some(name) = &handoff.tool_name {
-                check_name(checks, &format!("handoffs.{at}.toolName"), name);
-            }
-            if let Some(description) = &handoff.tool_description {
-                checks.text(&format!("handoffs.{at}.toolDescription"), description, 0, 1_024);
+    /// Refuses models that the catalogue doesn't have, with the field's path and a message.
+    pub fn check_known_models(&self, app: &App, mut refuse: impl FnMut(&str, String)) {
+        for (field, model) in self.models() {
+            if app.catalog.get(model).is_none() {
+                refuse(&field, format!("There is no model {model:?}. There are: {}.", app.catalog.names()));
             }
         }
+    }
+
+    /// The models it may use, each with its field's path.
+    pub fn models(&self) -> impl Iterator<Item = (String, &str)> {
+        let fallbacks = self.fallback_models.iter().enumerate();
+        let fallbacks = fallbacks.map(|(at, model)| (format!("fallbackModels.{at}"), model.as_str()));
+        std::iter::once(("model".to_owned(), self.model.as_str())).chain(fallbacks)
+    }
+
+    /// The agents it leads to by handoffs, agent tools and guardrails, each with its field's path.
+    pub fn references(&self) -> impl Iterator<Item = (String, Uuid)> {
+        let handoffs = self.handoffs.iter().enumerate();
+        let handoffs = handoffs.map(|(at, handoff)| (format!("handoffs.{at}.agentId"), handoff.agent_id));
+        let tools = self.tools.iter().enumerate().filter_map(|(at, tool)| match tool {
+            Tool::Agent(tool) => Some((format!("tools.{at}.agent.agentId"), tool.agent_id)),
+            Tool::Webhook(_) | Tool::Mcp(_) | Tool::Hosted(_) => None,
+        });
+        let guardrails = self.guardrails.iter().enumerate().filter_map(|(at, guardrail)| match guardrail.rule {
+            GuardrailRule::Agent { agent_id } => Some((format!("guardrails.{at}.rule.agentId"), agent_id)),
+            GuardrailRule::Regex { .. } | GuardrailRule::MaxLength { .. } | GuardrailRule::JsonSchema { .. } => None,
+        });
+        handoffs.chain(tools).chain(guardrails)
+    }
+}
+
+fn model_settings(input: ModelSettingsInput, checks: &mut Checks) -> ModelSettings {
+    ModelSettings {
+        temperature: input.temperature,
+        top_p: input.top_p,
+        max_output_tokens: input.max_output_tokens.map(|tokens| {
+            u32::try_from(tokens).unwrap_or_else(|_| {
+                checks.push(UserError::invalid("modelSettings.maxOutputTokens", "This must be at least 1."));
+                1
+            })
+        }),
+        tool_choice: input.tool_choice,
+        parallel_tool_calls: input.parallel_tool_calls,
+        reasoning_effort: input.reasoning_effort.map(Into::into),
     }
 }
 
@@ -277,31 +241,4 @@ fn check_name(checks: &mut Checks, field: &str, name: &str) {
         let message = format!("A tool's name has 1 to 64 of a-z, A-Z, 0-9, _ and -; this is {name:?}.");
         checks.push(UserError::invalid(field, message));
     }
-}
-
-fn check_schema(checks: &mut Checks, field: &str, schema: &serde_json::Value) {
-    if !schema.is_object() {
-        checks.push(UserError::invalid(field, "This must be a JSON Schema: an object."));
-    } else if schema.to_string().len() > MAX_SCHEMA_BYTES {
-        checks.push(UserError::invalid(field, format!("This may have {MAX_SCHEMA_BYTES} bytes as JSON.")));
-    } else if holds_nul(schema) {
-        checks.push(UserError::invalid(field, "This must not contain the NUL character."));
-    } else if let Err(error) = jsonschema::validator_for(schema) {
-        checks.push(UserError::invalid(field, format!("This is not a JSON Schema: {error}.")));
-    }
-}
-
-/// Whether a text in it has the NUL character, which PostgreSQL can't store.
-fn holds_nul(value: &serde_json::Value) -> bool {
-    use serde_json::Value;
-    match value {
-        Value::String(text) => text.contains('\0'),
-        Value::Array(values) => values.iter().any(holds_nul),
-        Value::Object(fields) => fields.iter().any(|(name, value)| name.contains('\0') || holds_nul(value)),
-        Value::Null | Value::Bool(_) | Value::Number(_) => false,
-    }
-}
-
-fn no_parameters() -> serde_json::Value {
-    serde_json::json!({ "type": "object", "properties": {} })
 }

@@ -5,10 +5,9 @@ use async_graphql::{Context, Enum, Interface, Json, Object, Result, SimpleObject
 use cloister_runtime::spec::{self, Handoff as SpecHandoff};
 use serde_json::Value;
 
-use super::definition::{Definition, HandoffDraft};
-use super::graphql::{Agent, AgentVersion};
-use crate::error::Error;
-use crate::graphql::loaders::{AgentId, load};
+use super::definition::HandoffDraft;
+use super::graphql::{Agent, AgentVersion, required_agent};
+use super::guardrails_graphql::Guardrail;
 use crate::models::graphql::Model;
 
 /// What an agent is. On Agent: the draft. On AgentVersion: frozen by a publish.
@@ -95,12 +94,23 @@ pub enum ToolUseBehavior {
 pub enum Tool {
     /// The tenant's endpoint.
     Webhook(WebhookTool),
-    /// Another agent.
+    /// Another agent, whose final output is the call's.
     Agent(AgentTool),
     /// An MCP server.
     Mcp(McpTool),
     /// The provider's own.
     Hosted(HostedTool),
+}
+
+impl From<spec::Tool> for Tool {
+    fn from(tool: spec::Tool) -> Self {
+        match tool {
+            spec::Tool::Webhook(tool) => Self::Webhook(tool.into()),
+            spec::Tool::Agent(tool) => Self::Agent(AgentTool(tool)),
+            spec::Tool::Mcp(server) => Self::Mcp(server.into()),
+            spec::Tool::Hosted(tool) => Self::Hosted(HostedTool { name: tool.name, config: Json(tool.config) }),
+        }
+    }
 }
 
 /// POSTs the arguments as JSON to the tenant's endpoint. The token is write-only.
@@ -112,47 +122,82 @@ pub struct WebhookTool {
     url: String,
     has_token: bool,
     timeout_ms: i32,
+    /// Each call waits for decideToolCall.
     needs_approval: bool,
 }
 
-impl From<&spec::WebhookTool> for WebhookTool {
-    fn from(tool: &spec::WebhookTool) -> Self {
+impl From<spec::WebhookTool> for WebhookTool {
+    fn from(tool: spec::WebhookTool) -> Self {
         Self {
-            name: tool.name.clone(),
-            description: tool.description.clone(),
-            parameters: Json(tool.parameters.clone()),
-            url: tool.url.clone(),
+            name: tool.name,
+            description: tool.description,
+            parameters: Json(tool.parameters),
+            url: tool.url,
             has_token: tool.token.is_some(),
-            timeout_ms: i32::try_from(tool.timeout_ms).unwrap_or(i32::MAX),
-            needs_approval: false,
+            timeout_ms: int(tool.timeout_ms),
+            needs_approval: tool.needs_approval,
         }
     }
 }
 
-/// An agent that answers a call; not supported yet.
-#[derive(SimpleObject)]
-pub struct AgentTool {
-    name: String,
-    description: String,
-    agent: Agent,
-    max_turns: i32,
-    needs_approval: bool,
+pub struct AgentTool(spec::AgentTool);
+
+#[Object]
+/// An agent that answers a call, with a history of its own: the call's output is its final output.
+impl AgentTool {
+    async fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    async fn description(&self) -> &str {
+        &self.0.description
+    }
+
+    async fn agent(&self, ctx: &Context<'_>) -> Result<Agent> {
+        required_agent(ctx, self.0.agent_id).await
+    }
+
+    /// Model calls that each of its runs may make.
+    async fn max_turns(&self) -> i32 {
+        int(self.0.max_turns)
+    }
+
+    /// Each call waits for decideToolCall.
+    async fn needs_approval(&self) -> bool {
+        self.0.needs_approval
+    }
 }
 
-/// An MCP server's tools; not supported yet.
+/// The tools of an MCP server, reached over streamable HTTP. The token is write-only.
 #[derive(SimpleObject)]
 pub struct McpTool {
     name: String,
     url: String,
+    /// Null: all that the server has.
     allowed_tools: Option<Vec<String>>,
     has_token: bool,
+    /// Each call waits for decideToolCall.
     needs_approval: bool,
 }
 
-/// A tool of the provider's own; not supported yet.
+impl From<spec::McpServer> for McpTool {
+    fn from(server: spec::McpServer) -> Self {
+        Self {
+            name: server.name,
+            url: server.url,
+            allowed_tools: server.allowed_tools,
+            has_token: server.token.is_some(),
+            needs_approval: server.needs_approval,
+        }
+    }
+}
+
+/// A tool that the model's provider runs itself.
 #[derive(SimpleObject)]
 pub struct HostedTool {
+    /// Its type in the provider's words, such as web_search.
     name: String,
+    /// The rest of its definition.
     config: Json<Value>,
 }
 
@@ -161,32 +206,25 @@ pub struct HostedTool {
 pub enum HandoffFilter {
     /// All of it.
     None,
-    /// All but tools.
+    /// All but tools: calls, outputs, handoffs and reasoning are dropped.
     RemoveTools,
-    /// The last items.
+    /// The last items, so many as lastN says; a call never without its output.
     LastN,
 }
 
 /// A way to pass the conversation on to another agent.
-pub struct Handoff(HandoffDraft);
-
-impl Handoff {
-    async fn target(&self, ctx: &Context<'_>) -> Result<Agent> {
-        let target = load(ctx, AgentId(self.0.agent_id)).await?;
-        Ok(Agent(target.ok_or_else(|| Error::internal("a handoff's agent is gone"))?))
-    }
-}
+pub struct Handoff(pub HandoffDraft);
 
 #[Object]
 impl Handoff {
     async fn agent(&self, ctx: &Context<'_>) -> Result<Agent> {
-        self.target(ctx).await
+        required_agent(ctx, self.0.agent_id).await
     }
 
     async fn tool_name(&self, ctx: &Context<'_>) -> Result<String> {
         match &self.0.tool_name {
             Some(name) => Ok(name.clone()),
-            None => Ok(SpecHandoff::default_tool_name(&self.target(ctx).await?.0.name)),
+            None => Ok(SpecHandoff::default_tool_name(&required_agent(ctx, self.0.agent_id).await?.0.name)),
         }
     }
 
@@ -194,89 +232,33 @@ impl Handoff {
         if let Some(description) = &self.0.tool_description {
             return Ok(description.clone());
         }
-        let target = self.target(ctx).await?;
+        let target = required_agent(ctx, self.0.agent_id).await?;
         let told = target.definition()?.handoff_description.unwrap_or_default();
         Ok(SpecHandoff::default_tool_description(&target.0.name, &told))
     }
 
     async fn input_filter(&self) -> HandoffFilter {
-        HandoffFilter::None
+        match self.0.filter {
+            spec::HandoffFilter::None => HandoffFilter::None,
+            spec::HandoffFilter::RemoveTools => HandoffFilter::RemoveTools,
+            spec::HandoffFilter::LastN(_) => HandoffFilter::LastN,
+        }
     }
 
+    /// With LAST_N.
     async fn last_n(&self) -> Option<i32> {
-        None
+        match self.0.filter {
+            spec::HandoffFilter::LastN(count) => Some(int(count)),
+            spec::HandoffFilter::None | spec::HandoffFilter::RemoveTools => None,
+        }
     }
 
     /// The history so far goes as one summary message, as in the SDK's nest_handoff_history.
     async fn nest_history(&self) -> bool {
-        false
+        self.0.nest_history
     }
 }
 
-/// A check on what goes in or comes out; not supported yet.
-#[derive(SimpleObject)]
-pub struct Guardrail {
-    name: String,
-    stage: GuardrailStage,
-    /// Tool stages: the tool; null: every tool.
-    tool: Option<String>,
-    parallel: bool,
-    rule: GuardrailRule,
-}
-
-/// What a guardrail looks at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Enum)]
-#[graphql(remote = "spec::GuardrailStage")]
-pub enum GuardrailStage {
-    Input,
-    Output,
-    ToolInput,
-    ToolOutput,
-}
-
-/// How a guardrail decides.
-#[derive(Union)]
-pub enum GuardrailRule {
-    Regex(RegexRule),
-    MaxLength(MaxLengthRule),
-    JsonSchema(JsonSchemaRule),
-    Agent(AgentRule),
-}
-
-/// By a pattern.
-#[derive(SimpleObject)]
-pub struct RegexRule {
-    pattern: String,
-    /// True: a match trips. False: no match trips.
-    trip_on_match: bool,
-}
-
-/// By length.
-#[derive(SimpleObject)]
-pub struct MaxLengthRule {
-    characters: i32,
-}
-
-/// By a JSON Schema.
-#[derive(SimpleObject)]
-pub struct JsonSchemaRule {
-    schema: Json<Value>,
-}
-
-/// An agent whose structured output is {tripped: boolean, reason: string}.
-#[derive(SimpleObject)]
-pub struct AgentRule {
-    agent: Agent,
-}
-
-impl Definition {
-    /// As the API shows it.
-    pub fn tools_graphql(&self) -> Vec<Tool> {
-        self.tools.iter().map(|tool| Tool::Webhook(tool.into())).collect()
-    }
-
-    /// As the API shows it.
-    pub fn handoffs_graphql(&self) -> Vec<Handoff> {
-        self.handoffs.iter().cloned().map(Handoff).collect()
-    }
+fn int(number: u32) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
 }

@@ -5,11 +5,13 @@ use async_graphql::connection::Connection;
 use async_graphql::{Context, ID, InputObject, Json, Object, Result, SimpleObject};
 use chrono::{DateTime, Utc};
 use entity::{agent_versions, agents};
+use futures_util::future::try_join_all;
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::definition::Definition;
-use super::definition_graphql::{Guardrail, Handoff, ModelSettings, Tool, ToolUseBehavior};
+use super::definition_graphql::{Handoff, ModelSettings, Tool, ToolUseBehavior};
+use super::guardrails_graphql::Guardrail;
 use super::input_graphql::{CreateAgentInput, UpdateAgentInput};
 use crate::error::{Error, Outcome, UserError, payload};
 use crate::graphql::limits::list_complexity;
@@ -63,25 +65,23 @@ macro_rules! agent_definition {
             }
 
             pub async fn tools(&self) -> Result<Vec<Tool>> {
-                Ok(self.definition()?.tools_graphql())
+                Ok(self.definition()?.tools.into_iter().map(Into::into).collect())
             }
 
             pub async fn handoffs(&self) -> Result<Vec<Handoff>> {
-                Ok(self.definition()?.handoffs_graphql())
+                Ok(self.definition()?.handoffs.into_iter().map(Handoff).collect())
             }
 
             pub async fn handoff_description(&self) -> Result<Option<String>> {
                 Ok(self.definition()?.handoff_description)
             }
 
-            /// Not supported yet: none can be saved.
-            pub async fn guardrails(&self) -> Vec<Guardrail> {
-                Vec::new()
+            pub async fn guardrails(&self) -> Result<Vec<Guardrail>> {
+                Ok(self.definition()?.guardrails.into_iter().map(Into::into).collect())
             }
 
-            /// Not supported yet: none can be saved.
-            pub async fn output_schema(&self) -> Option<Json<Value>> {
-                None
+            pub async fn output_schema(&self) -> Result<Option<Json<Value>>> {
+                Ok(self.definition()?.output_schema.map(Json))
             }
 
             pub async fn tool_use_behavior(&self) -> Result<ToolUseBehavior> {
@@ -105,10 +105,10 @@ macro_rules! agent_definition {
                 Ok(i32::try_from(self.definition()?.max_tool_concurrency).unwrap_or(i32::MAX))
             }
 
-            /// Tried in order when the model is unavailable before its first byte. Not supported yet: none can
-            /// be saved.
-            pub async fn fallback_models(&self) -> Vec<Model> {
-                Vec::new()
+            /// Tried in order when the model is unavailable before its first byte.
+            pub async fn fallback_models(&self, ctx: &Context<'_>) -> Result<Vec<Model>> {
+                let names = self.definition()?.fallback_models;
+                try_join_all(names.iter().map(|name| Model::named(ctx, name))).await
             }
         }
     };
@@ -263,15 +263,14 @@ impl AgentMutation {
     async fn create_agent(&self, ctx: &Context<'_>, input: CreateAgentInput) -> Result<AgentPayload> {
         let tenant_id = viewer(ctx)?.require(Scope::Manage)?.tenant_id();
         let publish = input.publish;
-        let change = UpdateAgentInput::from(input).into();
-        agent_payload(super::create(app(ctx)?, tenant_id, change, publish).await)
+        agent_payload(super::create(app(ctx)?, tenant_id, input.into(), publish).await)
     }
 
     /// [MANAGE] Fields left out stay.
     async fn update_agent(&self, ctx: &Context<'_>, input: UpdateAgentInput) -> Result<AgentPayload> {
         let tenant_id = viewer(ctx)?.require(Scope::Manage)?.tenant_id();
         let id = agent_id(&input.agent_id);
-        agent_payload(super::update(app(ctx)?, tenant_id, id, input.into()).await)
+        agent_payload(super::update(app(ctx)?, tenant_id, id, input).await)
     }
 
     /// [MANAGE]

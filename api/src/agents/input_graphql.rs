@@ -1,17 +1,11 @@
-//! An agent's definition as it comes in. What is in the schema but not built yet is refused with
-//! NOT_SUPPORTED_YET, never ignored.
+//! An agent's definition as it comes in.
 #![allow(missing_docs)] // fields and inputs are what the schema says they are
 
 use async_graphql::{ID, InputObject, Json, MaybeUndefined, OneofObject};
-use cloister_runtime::spec;
 use serde_json::Value;
 
-use super::AgentChange;
-use super::definition::{Change, HandoffDraft, WebhookToolInput as ToolChange};
-use super::definition_graphql::{GuardrailStage, HandoffFilter, ReasoningEffort, ToolUseBehavior};
-use crate::error::UserError;
-use crate::ids;
-use crate::input::Patch;
+use super::definition_graphql::{HandoffFilter, ReasoningEffort, ToolUseBehavior};
+use super::guardrails_graphql::{GuardrailStage, OnTrip};
 
 #[derive(InputObject)]
 pub struct CreateAgentInput {
@@ -39,33 +33,33 @@ pub struct CreateAgentInput {
 #[derive(InputObject)]
 pub struct UpdateAgentInput {
     pub agent_id: ID,
-    name: MaybeUndefined<String>,
-    description: MaybeUndefined<String>,
-    model: MaybeUndefined<String>,
-    instructions: MaybeUndefined<String>,
-    model_settings: MaybeUndefined<ModelSettingsInput>,
-    tools: MaybeUndefined<Vec<ToolInput>>,
-    handoffs: MaybeUndefined<Vec<HandoffInput>>,
-    handoff_description: MaybeUndefined<String>,
-    guardrails: MaybeUndefined<Vec<GuardrailInput>>,
-    output_schema: MaybeUndefined<Json<Value>>,
-    tool_use_behavior: MaybeUndefined<ToolUseBehavior>,
-    stop_at_tools: MaybeUndefined<Vec<String>>,
-    max_turns: MaybeUndefined<i32>,
-    reset_tool_choice: MaybeUndefined<bool>,
-    max_tool_concurrency: MaybeUndefined<i32>,
-    fallback_models: MaybeUndefined<Vec<String>>,
+    pub name: MaybeUndefined<String>,
+    pub description: MaybeUndefined<String>,
+    pub model: MaybeUndefined<String>,
+    pub instructions: MaybeUndefined<String>,
+    pub model_settings: MaybeUndefined<ModelSettingsInput>,
+    pub tools: MaybeUndefined<Vec<ToolInput>>,
+    pub handoffs: MaybeUndefined<Vec<HandoffInput>>,
+    pub handoff_description: MaybeUndefined<String>,
+    pub guardrails: MaybeUndefined<Vec<GuardrailInput>>,
+    pub output_schema: MaybeUndefined<Json<Value>>,
+    pub tool_use_behavior: MaybeUndefined<ToolUseBehavior>,
+    pub stop_at_tools: MaybeUndefined<Vec<String>>,
+    pub max_turns: MaybeUndefined<i32>,
+    pub reset_tool_choice: MaybeUndefined<bool>,
+    pub max_tool_concurrency: MaybeUndefined<i32>,
+    pub fallback_models: MaybeUndefined<Vec<String>>,
 }
 
 #[derive(InputObject)]
 pub struct ModelSettingsInput {
-    temperature: Option<f64>,
-    top_p: Option<f64>,
-    max_output_tokens: Option<i32>,
+    pub temperature: Option<f64>,
+    pub top_p: Option<f64>,
+    pub max_output_tokens: Option<i32>,
     /// auto, required, none, or a tool's name
-    tool_choice: Option<String>,
-    parallel_tool_calls: Option<bool>,
-    reasoning_effort: Option<ReasoningEffort>,
+    pub tool_choice: Option<String>,
+    pub parallel_tool_calls: Option<bool>,
+    pub reasoning_effort: Option<ReasoningEffort>,
 }
 
 #[derive(OneofObject)]
@@ -78,84 +72,96 @@ pub enum ToolInput {
 
 #[derive(InputObject)]
 pub struct WebhookToolInput {
-    name: String,
-    description: String,
+    pub name: String,
+    pub description: String,
     /// JSON Schema of the arguments; default: an object with no properties.
-    parameters: Option<Json<Value>>,
-    url: String,
+    pub parameters: Option<Json<Value>>,
+    pub url: String,
     /// Left out: kept from the tool of the same name and URL origin. Null: none.
-    token: MaybeUndefined<String>,
-    timeout_ms: Option<i32>,
-    needs_approval: Option<bool>,
+    pub token: MaybeUndefined<String>,
+    /// Until a call counts as timed out; default: 30000.
+    pub timeout_ms: Option<i32>,
+    /// Each call waits for decideToolCall.
+    pub needs_approval: Option<bool>,
 }
 
-/// Not supported yet.
 #[derive(InputObject)]
-#[allow(dead_code)] // the schema is settled; what it holds is refused
 pub struct AgentToolInput {
-    name: String,
-    description: String,
-    agent_id: ID,
-    max_turns: Option<i32>,
-    needs_approval: Option<bool>,
+    pub name: String,
+    pub description: String,
+    pub agent_id: ID,
+    /// Model calls that each of its runs may make; default: 10.
+    pub max_turns: Option<i32>,
+    /// Each call waits for decideToolCall.
+    pub needs_approval: Option<bool>,
 }
 
-/// Not supported yet.
 #[derive(InputObject)]
-#[allow(dead_code)] // the schema is settled; what it holds is refused
 pub struct McpToolInput {
-    name: String,
-    url: String,
-    token: Option<String>,
-    allowed_tools: Option<Vec<String>>,
-    needs_approval: Option<bool>,
+    pub name: String,
+    pub url: String,
+    /// Left out: kept from the tool of the same name and URL origin. Null: none.
+    pub token: MaybeUndefined<String>,
+    /// Default: all that the server has.
+    pub allowed_tools: Option<Vec<String>>,
+    /// Each call waits for decideToolCall.
+    pub needs_approval: Option<bool>,
 }
 
-/// Not supported yet.
 #[derive(InputObject)]
-#[allow(dead_code)] // the schema is settled; what it holds is refused
 pub struct HostedToolInput {
-    name: String,
-    config: Option<Json<Value>>,
+    /// Its type in the provider's words, such as web_search.
+    pub name: String,
+    /// The rest of its definition: an object.
+    pub config: Option<Json<Value>>,
 }
 
 #[derive(InputObject)]
 pub struct HandoffInput {
-    agent_id: ID,
-    tool_name: Option<String>,
-    tool_description: Option<String>,
-    input_filter: Option<HandoffFilter>,
-    last_n: Option<i32>,
-    nest_history: Option<bool>,
+    pub agent_id: ID,
+    pub tool_name: Option<String>,
+    pub tool_description: Option<String>,
+    pub input_filter: Option<HandoffFilter>,
+    /// With LAST_N: how many items are kept.
+    pub last_n: Option<i32>,
+    /// The history so far goes as one summary message, as in the SDK's nest_handoff_history.
+    pub nest_history: Option<bool>,
 }
 
-/// Not supported yet.
 #[derive(InputObject)]
-#[allow(dead_code)] // the schema is settled; what it holds is refused
 pub struct GuardrailInput {
-    name: String,
-    stage: GuardrailStage,
-    tool: Option<String>,
-    parallel: Option<bool>,
-    rule: GuardrailRuleInput,
+    /// Unique in the agent.
+    pub name: String,
+    pub stage: GuardrailStage,
+    /// Tool stages: the one tool that it looks at; default: every tool.
+    pub tool: Option<String>,
+    /// INPUT: run beside the first model call; no tool runs before the verdict.
+    pub parallel: Option<bool>,
+    /// Tool stages; default: REJECT. At the other stages a trip always ends the run.
+    pub on_trip: Option<OnTrip>,
+    /// Tool stages with REJECT: what the model is told in place of the tool's output. Default: that the guardrail
+    /// rejected it, and why.
+    pub message: Option<String>,
+    pub rule: GuardrailRuleInput,
 }
 
-/// Not supported yet.
 #[derive(OneofObject)]
-#[allow(dead_code)] // the schema is settled; what it holds is refused
 pub enum GuardrailRuleInput {
     Regex(RegexRuleInput),
+    /// Characters; what is longer trips.
     MaxLength(i32),
+    /// What is no JSON or does not fit trips.
     JsonSchema(Json<Value>),
+    /// An agent whose outputSchema has tripped: boolean and reason: string.
     AgentId(ID),
 }
 
-/// Not supported yet.
 #[derive(InputObject)]
-#[allow(dead_code)] // the schema is settled; what it holds is refused
 pub struct RegexRuleInput {
-    pattern: String,
-    trip_on_match: Option<bool>,
+    /// In the syntax of Rust's regex, which is matched in linear time: no look-around, no back references.
+    pub pattern: String,
+    /// Default: true, a match trips. False: no match trips.
+    pub trip_on_match: Option<bool>,
 }
 
 impl CreateAgentInput {
@@ -208,107 +214,5 @@ impl From<CreateAgentInput> for UpdateAgentInput {
             max_tool_concurrency: given(input.max_tool_concurrency),
             fallback_models: given(input.fallback_models),
         }
-    }
-}
-
-impl From<UpdateAgentInput> for AgentChange {
-    fn from(input: UpdateAgentInput) -> Self {
-        let mut problems = Vec::new();
-        let mut refuse = |asked: bool, field: &str| {
-            if asked {
-                problems.push(UserError::not_supported(field));
-            }
-        };
-        refuse(is_some_and(&input.guardrails, |guardrails| !guardrails.is_empty()), "guardrails");
-        refuse(is_some_and(&input.fallback_models, |models| !models.is_empty()), "fallbackModels");
-        refuse(is_some_and(&input.output_schema, |_| true), "outputSchema");
-        let settings = input.model_settings.map_value(|settings| model_settings(settings, &mut problems));
-        let tools = input.tools.map_value(|tools| {
-            tools.into_iter().enumerate().filter_map(|(at, tool)| webhook(at, tool, &mut problems)).collect()
-        });
-        let handoffs = input.handoffs.map_value(|handoffs| {
-            handoffs.into_iter().enumerate().map(|(at, input)| handoff(at, input, &mut problems)).collect()
-        });
-        AgentChange {
-            name: input.name,
-            description: input.description,
-            definition: Change {
-                model: input.model,
-                instructions: input.instructions,
-                settings,
-                tools,
-                handoffs,
-                handoff_description: input.handoff_description,
-                tool_use_behavior: input.tool_use_behavior.map_value(Into::into),
-                stop_at_tools: input.stop_at_tools,
-                max_turns: input.max_turns,
-                reset_tool_choice: input.reset_tool_choice,
-                max_tool_concurrency: input.max_tool_concurrency,
-            },
-            problems,
-        }
-    }
-}
-
-fn is_some_and<T>(patch: &Patch<T>, asks: impl Fn(&T) -> bool) -> bool {
-    matches!(patch, Patch::Value(value) if asks(value))
-}
-
-fn model_settings(input: ModelSettingsInput, problems: &mut Vec<UserError>) -> spec::ModelSettings {
-    let max_output_tokens = input.max_output_tokens.map(|tokens| {
-        u32::try_from(tokens).unwrap_or_else(|_| {
-            problems.push(UserError::invalid("modelSettings.maxOutputTokens", "This must be at least 1."));
-            1
-        })
-    });
-    spec::ModelSettings {
-        temperature: input.temperature,
-        top_p: input.top_p,
-        max_output_tokens,
-        tool_choice: input.tool_choice,
-        parallel_tool_calls: input.parallel_tool_calls,
-        reasoning_effort: input.reasoning_effort.map(Into::into),
-    }
-}
-
-fn webhook(at: usize, tool: ToolInput, problems: &mut Vec<UserError>) -> Option<ToolChange> {
-    let kind = match tool {
-        ToolInput::Webhook(tool) => {
-            if tool.needs_approval == Some(true) {
-                problems.push(UserError::not_supported(&format!("tools.{at}.webhook.needsApproval")));
-            }
-            return Some(ToolChange {
-                name: tool.name,
-                description: tool.description,
-                parameters: tool.parameters.map(|schema| schema.0),
-                url: tool.url,
-                token: tool.token,
-                timeout_ms: tool.timeout_ms,
-            });
-        }
-        ToolInput::Agent(_) => "agent",
-        ToolInput::Mcp(_) => "mcp",
-        ToolInput::Hosted(_) => "hosted",
-    };
-    problems.push(UserError::not_supported(&format!("tools.{at}.{kind}")));
-    None
-}
-
-fn handoff(at: usize, input: HandoffInput, problems: &mut Vec<UserError>) -> HandoffDraft {
-    let filtered = input.input_filter.is_some_and(|filter| filter != HandoffFilter::None);
-    for (asked, name) in [
-        (filtered, "inputFilter"),
-        (input.last_n.is_some(), "lastN"),
-        (input.nest_history == Some(true), "nestHistory"),
-    ] {
-        if asked {
-            problems.push(UserError::not_supported(&format!("handoffs.{at}.{name}")));
-        }
-    }
-    HandoffDraft {
-        // An id that isn't an agent's finds none.
-        agent_id: ids::decode(ids::Agent, &input.agent_id).unwrap_or_default(),
-        tool_name: input.tool_name,
-        tool_description: input.tool_description,
     }
 }

@@ -4,7 +4,12 @@ pub mod definition;
 pub mod definition_graphql;
 pub mod graph;
 pub mod graphql;
+pub mod guardrails_graphql;
 pub mod input_graphql;
+pub mod variables;
+
+use std::collections::BTreeSet;
+use std::mem::take;
 
 use entity::{TenantOwned, agents, tenants};
 use sea_orm::ActiveValue::Set;
@@ -14,28 +19,17 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
-use self::definition::{Change, Definition};
+use self::definition::Definition;
+use self::input_graphql::UpdateAgentInput;
 use crate::app::App;
 use crate::error::{Error, Outcome, UserError, UserErrorCode};
-use crate::input::{Checks, Patch, PatchExt};
+use crate::input::{Checks, PatchExt};
 
 /// Agents a tenant may have that aren't deleted.
 const MAX_AGENTS: u64 = 10_000;
 
-/// What is said of an agent when it is made or changed.
-pub struct AgentChange {
-    /// For people, and for the names of handoffs to it.
-    pub name: Patch<String>,
-    /// For people.
-    pub description: Patch<String>,
-    /// The draft.
-    pub definition: Change,
-    /// What was asked for and can't be done yet, or can't be read.
-    pub problems: Vec<UserError>,
-}
-
 /// Makes an agent, and publishes it if asked to; if that is refused, nothing is made.
-pub async fn create(app: &App, tenant_id: Uuid, new: AgentChange, publish: bool) -> Outcome<agents::Model> {
+pub async fn create(app: &App, tenant_id: Uuid, new: UpdateAgentInput, publish: bool) -> Outcome<agents::Model> {
     let standing = agents::Entity::in_tenant(tenant_id).filter(agents::Column::DeletedAt.is_null());
     if standing.count(app.db.read()).await? >= MAX_AGENTS {
         let message = format!("A tenant may have {MAX_AGENTS} agents; delete one first.");
@@ -64,7 +58,7 @@ pub async fn create(app: &App, tenant_id: Uuid, new: AgentChange, publish: bool)
 }
 
 /// Changes an agent's draft.
-pub async fn update(app: &App, tenant_id: Uuid, id: Uuid, change: AgentChange) -> Outcome<agents::Model> {
+pub async fn update(app: &App, tenant_id: Uuid, id: Uuid, change: UpdateAgentInput) -> Outcome<agents::Model> {
     let tx = app.db.begin().await?;
     let agent = standing(&tx, tenant_id, id).await?;
     let agent = changed(app, &tx, agent, change).await?.update(&tx).await?;
@@ -76,24 +70,23 @@ async fn changed(
     app: &App,
     tx: &DatabaseTransaction,
     agent: agents::Model,
-    change: AgentChange,
+    mut change: UpdateAgentInput,
 ) -> Outcome<agents::ActiveModel> {
     let mut checks = Checks::default();
-    change.problems.into_iter().for_each(|problem| checks.push(problem));
     let tenant_id = agent.tenant_id;
     let before: Definition = serde_json::from_value(agent.definition.clone()).map_err(Error::from)?;
     let mut row = agent.into_active_model();
-    if let Some(name) = checks.required("name", change.name) {
+    if let Some(name) = checks.required("name", take(&mut change.name)) {
         checks.text("name", &name, 1, 100);
         row.name = Set(name);
     }
-    if let Some(description) = change.description.into_option() {
+    if let Some(description) = take(&mut change.description).into_option() {
         checks.text("description", description.as_deref().unwrap_or_default(), 0, 2_000);
         row.description = Set(description);
     }
     let tenant = tenants::Entity::in_tenant(tenant_id).one(tx).await?;
     let tenant = tenant.ok_or_else(|| Error::internal("an agent of a tenant that is gone"))?;
-    let definition = before.changed(app, &tenant, change.definition, &mut checks)?;
+    let definition = before.changed(app, &tenant, change, &mut checks)?;
     check_targets(tx, tenant_id, &definition, &mut checks).await?;
     checks.finish()?;
     row.definition = Set(serde_json::to_value(&definition).map_err(Error::from)?);
@@ -101,27 +94,28 @@ async fn changed(
     Ok(row)
 }
 
-/// Handoffs must lead to agents that exist.
+/// Handoffs, agent tools and guardrails must lead to agents that exist.
 async fn check_targets(
     db: &impl ConnectionTrait,
     tenant_id: Uuid,
     definition: &Definition,
     checks: &mut Checks,
 ) -> Result<(), Error> {
-    if definition.handoffs.is_empty() {
+    let wanted: BTreeSet<Uuid> = definition.references().map(|(_, id)| id).collect();
+    if wanted.is_empty() {
         return Ok(());
     }
     let found: Vec<Uuid> = agents::Entity::in_tenant(tenant_id)
-        .filter(agents::Column::Id.is_in(definition.handoffs.iter().map(|handoff| handoff.agent_id)))
+        .filter(agents::Column::Id.is_in(wanted))
         .filter(agents::Column::DeletedAt.is_null())
         .select_only()
         .column(agents::Column::Id)
         .into_tuple()
         .all(db)
         .await?;
-    for (at, handoff) in definition.handoffs.iter().enumerate() {
-        if !found.contains(&handoff.agent_id) {
-            checks.push(UserError::not_found(&format!("handoffs.{at}.agentId"), "agent"));
+    for (field, id) in definition.references() {
+        if !found.contains(&id) {
+            checks.push(UserError::not_found(&field, "agent"));
         }
     }
     Ok(())

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use async_graphql::dataloader::{DataLoader, Loader};
 use async_graphql::{Context, Result};
+use cloister_runtime::item::Item;
 use entity::{
     Shared, TenantOwned, agent_versions, agents, api_keys, cluster_tenants, conversations, models, prices, run_items,
     runs, runtime_tokens,
@@ -18,12 +19,14 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{self, FuturesUnordered, Stream, StreamExt};
 use futures_util::task::AtomicWaker;
 use sea_orm::sea_query::{Order, Query};
-use sea_orm::{ColumnTrait, QueryFilter, QueryOrder, Select};
+use sea_orm::{ColumnTrait, DbErr, QueryFilter, QueryOrder, QuerySelect, Select};
 use uuid::Uuid;
 
 use super::page::{List, Page, PageArgs, pages};
 use crate::app::App;
 use crate::error::Error;
+use crate::runs::approvals;
+use crate::runs::journal::items_of;
 use crate::usage::report::{self, Month, MonthUsage, Sum};
 use crate::viewer::Viewer;
 
@@ -169,6 +172,51 @@ impl Loader<RunUsage> for Batch {
     }
 }
 
+/// The calls of a run that wait for a decision, by the run's id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PendingOf(pub Uuid);
+
+impl Loader<PendingOf> for Batch {
+    type Value = Vec<Item>;
+    type Error = Arc<Error>;
+
+    async fn load(&self, keys: &[PendingOf]) -> Result<HashMap<PendingOf, Self::Value>, Arc<Error>> {
+        let asked = self
+            .own::<run_items::Entity>()
+            .filter(run_items::Column::RunId.is_in(keys.iter().map(|key| key.0)))
+            .filter(run_items::Column::Kind.eq("approval"))
+            .select_only()
+            .column(run_items::Column::RunId)
+            .distinct()
+            .into_tuple::<Uuid>()
+            .all(self.app.db.read());
+        let fault = |error: DbErr| Arc::new(Error::from(error));
+        let asked = asked.await.map_err(fault)?;
+        if asked.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let rows = self.own::<runs::Entity>().filter(runs::Column::Id.is_in(asked)).all(self.app.db.read());
+        let rows = rows.await.map_err(fault)?;
+        let mut pending = HashMap::new();
+        for (tenant_id, runs) in by_tenant(rows) {
+            let mut items = items_of(&self.app, tenant_id, &runs).await.map_err(Arc::new)?;
+            for run in runs {
+                let calls = approvals::pending(&run, items.remove(&run.id).unwrap_or_default()).map_err(Arc::new)?;
+                pending.insert(PendingOf(run.id), calls);
+            }
+        }
+        Ok(pending)
+    }
+}
+
+fn by_tenant(rows: Vec<runs::Model>) -> HashMap<Uuid, Vec<runs::Model>> {
+    let mut by_tenant: HashMap<Uuid, Vec<runs::Model>> = HashMap::new();
+    for run in rows {
+        by_tenant.entry(run.tenant_id).or_default().push(run);
+    }
+    by_tenant
+}
+
 /// A tenant's month.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TenantMonth(pub Uuid, pub Month);
@@ -278,7 +326,7 @@ load_pages! {
     ItemsOf: run_items by RunId, Sequence Asc;
 }
 
-/// What a version's handoffs resolve to: other versions, by its id.
+/// What a version's handoffs, agent tools and guardrails resolve to: other versions, by its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ReachesOf(pub Uuid);
 
@@ -325,7 +373,8 @@ impl Loader<MessagesOf> for Batch {
             let rows = self
                 .own::<run_items::Entity>()
                 .filter(run_items::Column::RunId.in_subquery(runs))
-                .filter(run_items::Column::Kind.eq("message"));
+                .filter(run_items::Column::Kind.eq("message"))
+                .filter(run_items::Column::Scope.is_null());
             let then = Some(run_items::Column::Sequence);
             (*conversation_id, *args, List { rows, sort: run_items::Column::RunId, then, order: Order::Asc })
         });

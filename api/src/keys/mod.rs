@@ -19,6 +19,7 @@ use crate::config::AdminConfig;
 use crate::db::Db;
 use crate::error::{Error, Outcome, UserError, UserErrorCode};
 use crate::input::{self, Patch, PatchExt};
+use crate::runs::paused::{self, Whose};
 use crate::secrets::sha256_hex;
 use crate::viewer::{Scope, TenantViewer, Viewer};
 
@@ -191,6 +192,7 @@ pub async fn update(app: &App, viewer: &Viewer, id: Uuid, change: ApiKeyChange) 
     }
     let tx = authority::begin(app, viewer.require_tenant()?.tenant_id()).await?;
     let key = row.update(&tx).await?;
+    paused::reconsider(&tx, Whose::Key(key.id)).await?;
     authority::commit(app, tx, key.tenant_id).await?;
     Ok(key)
 }

@@ -131,6 +131,7 @@ mod tests {
             instructions: String::new(),
             input,
             tools: Vec::new(),
+            output: None,
             temperature: None,
             top_p: None,
             max_output_tokens: None,
@@ -145,11 +146,11 @@ mod tests {
     }
 
     fn assistant(text: &str) -> InputItem {
-        InputItem::Assistant { text: text.to_owned() }
+        InputItem::Assistant { text: text.to_owned(), raw: None }
     }
 
     fn call(id: &str, arguments: &str) -> InputItem {
-        InputItem::ToolCall { call_id: id.to_owned(), name: "f".to_owned(), arguments: arguments.to_owned() }
+        InputItem::ToolCall { call_id: id.to_owned(), name: "f".to_owned(), arguments: arguments.to_owned(), raw: None }
     }
 
     fn output(id: &str, output: &str) -> InputItem {
@@ -174,12 +175,12 @@ mod tests {
     fn what_is_set_is_sent() {
         let request = ModelRequest {
             instructions: "Be kind.".to_owned(),
-            tools: vec![ToolDefinition {
+            tools: vec![Offer::Function(ToolDefinition {
                 name: "f".to_owned(),
                 description: String::new(),
                 parameters: json!({"type": "object", "properties": {}}),
                 strict: true,
-            }],
+            })],
             temperature: Some(0.5),
             top_p: Some(1.0),
             max_output_tokens: Some(7),

@@ -308,6 +308,8 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
 
 #[cfg(test)]
 mod tests {
+    use cloister_runtime::model::Offer;
+
     use super::*;
 
     fn request(text: &str) -> ModelRequest {
@@ -315,7 +317,8 @@ mod tests {
             model: "demo".to_owned(),
             instructions: "You are a pirate.".to_owned(),
             input: vec![InputItem::User { text: text.to_owned() }],
-            tools: vec![tool("weather"), tool("clock")],
+            tools: vec![Offer::Function(tool("weather")), Offer::Function(tool("clock"))],
+            output: None,
             temperature: None,
             top_p: None,
             max_output_tokens: None,
@@ -358,7 +361,7 @@ mod tests {
 
     fn text(request: &ModelRequest) -> String {
         match complete(request).parts.as_slice() {
-            [Part::Message { index: 1, text }] => text.clone(),
+            [Part::Message { index: 1, text, .. }] => text.clone(),
             parts => panic!("not one message: {parts:?}"),
         }
     }
@@ -370,6 +373,7 @@ mod tests {
             call_id: id(),
             name: "weather".to_owned(),
             arguments: "{}".to_owned(),
+            raw: None,
         });
         request.input.push(InputItem::ToolOutput { call_id: id(), output: "12 °C\nrain".to_owned() });
         request

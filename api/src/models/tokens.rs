@@ -91,7 +91,8 @@ mod tests {
             model: "m".to_owned(),
             instructions: "You are a helpful assistant.".to_owned(),
             input,
-            tools,
+            tools: tools.into_iter().map(Offer::Function).collect(),
+            output: None,
             temperature: None,
             top_p: None,
             max_output_tokens: None,
@@ -110,7 +111,7 @@ mod tests {
 
     #[test]
     fn a_request_is_at_or_slightly_above_its_texts_and_frames() {
-        let user = InputItem::User { text: "hello world".to_owned(), raw: None };
+        let user = InputItem::User { text: "hello world".to_owned() };
         let plain = count_request(&request(vec![user.clone()], Vec::new()));
         assert_eq!(plain, 3 + (4 + 6) + (4 + 2));
 

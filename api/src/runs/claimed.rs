@@ -1,7 +1,7 @@
 //! What is done with a claimed run, whichever worker executes it: one of this process's pool, or one apart.
 
 use cloister_runtime::ids::run_id;
-use cloister_runtime::item::{Body, Item, RunErrorCode, Step};
+use cloister_runtime::item::{Body, InputItem, Item, RunErrorCode, Step};
 use cloister_runtime::journal::Journal;
 use cloister_runtime::model::{Model, ModelCall, ModelError, ModelEvent};
 use cloister_runtime::run::transcript;
@@ -38,6 +38,7 @@ pub async fn prepare(app: &App, run: &runs::Model) -> Result<Claim, Error> {
     for (earlier, items) in earlier_runs(app, run).await? {
         history.extend(transcript(&serde_json::from_value(earlier.spec)?, items));
     }
+    let history = limited(history, run.history_limit);
     let left = i64::from(run.timeout_seconds) * 1_000 - queue::held_ms(run, app.clock.now());
     let calls_webhooks = spec.agents.values().any(|agent| !agent.tools.is_empty());
     let webhook_secrets = if calls_webhooks { webhook_secrets(app, run.tenant_id).await? } else { Vec::new() };
@@ -49,6 +50,17 @@ pub async fn prepare(app: &App, run: &runs::Model) -> Result<Claim, Error> {
         time_left_ms: u64::try_from(left).unwrap_or(0),
         webhook_secrets,
     })
+}
+
+/// The last items of a history, at most so many: turns stay whole, so that no call is without its output.
+fn limited(parts: Vec<Vec<InputItem>>, limit: Option<i32>) -> Vec<InputItem> {
+    let limit = limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(0));
+    let mut count = 0;
+    let first = parts.iter().rposition(|part| {
+        count += part.len();
+        count > limit
+    });
+    parts.into_iter().skip(first.map_or(0, |at| at + 1)).flatten().collect()
 }
 
 async fn webhook_secrets(app: &App, tenant_id: Uuid) -> Result<Vec<String>, Error> {

@@ -14,6 +14,7 @@ use serde_json::Value;
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
+use super::approvals::{self, Decision};
 use super::events::events;
 use super::items_graphql::{RunEvent, RunItem, ToolCallItem};
 use super::status::{RunErrorCode, RunStatus, code_from_name};
@@ -22,7 +23,7 @@ use crate::agents::graphql::{Agent, AgentVersion, agent_id, required_agent};
 use crate::conversations::graphql::{Conversation, conversation_id};
 use crate::error::{Error, Outcome, UserError, payload};
 use crate::graphql::limits::list_complexity;
-use crate::graphql::loaders::{AgentVersionId, ConversationId, ItemsOf, RunId, RunUsage, load};
+use crate::graphql::loaders::{AgentVersionId, ConversationId, ItemsOf, PendingOf, RunId, RunUsage, load};
 use crate::graphql::page::{Cursor, List, PageArgs};
 use crate::graphql::scalars::Long;
 use crate::graphql::{app, viewer};
@@ -92,9 +93,9 @@ impl Run {
         self.0.output.as_deref()
     }
 
-    /// The final value of an agent with an outputSchema. Not supported yet: no agent has one.
-    async fn output_json(&self) -> Option<Json<Value>> {
-        None
+    /// The final value of an agent with an outputSchema.
+    async fn output_json(&self) -> Option<Json<&Value>> {
+        self.0.output_json.as_ref().map(Json)
     }
 
     async fn error(&self) -> Option<RunError> {
@@ -126,9 +127,13 @@ impl Run {
         RunItem::page(load(ctx, ItemsOf(self.0.id, args)).await?.unwrap_or_default())
     }
 
-    /// Calls that wait for a decision. Not supported yet: no tool can ask for one.
-    async fn pending_approvals(&self) -> Vec<ToolCallItem> {
-        Vec::new()
+    /// Calls that wait for a decision, nested agents' included.
+    async fn pending_approvals(&self, ctx: &Context<'_>) -> Result<Vec<ToolCallItem>> {
+        if Status::TERMINAL.contains(&self.0.status) {
+            return Ok(Vec::new());
+        }
+        let pending = load(ctx, PendingOf(self.0.id)).await?.unwrap_or_default();
+        Ok(pending.into_iter().filter_map(ToolCallItem::of).collect())
     }
 
     async fn created_at(&self) -> DateTime<Utc> {
@@ -186,7 +191,9 @@ pub struct StartRunInput {
     conversation_id: Option<ID>,
     /// Begin a new conversation with this run.
     new_conversation: Option<bool>,
-    /// Values for {{variables}} in the instructions. Not supported yet.
+    /// The most items of the conversation that the run is shown, in whole turns. Default: all.
+    history_limit: Option<i32>,
+    /// Values for {{variables}} in the instructions: an object of strings, numbers and booleans.
     variables: Option<Json<Value>>,
     /// Default: the published version.
     version: Option<i32>,
@@ -199,22 +206,21 @@ pub struct StartRunInput {
 }
 
 impl StartRunInput {
-    fn into_new(self) -> Outcome<NewRun> {
-        if self.variables.is_some() {
-            return Err(UserError::not_supported("variables").into());
-        }
-        Ok(NewRun {
+    fn into_new(self) -> NewRun {
+        NewRun {
             agent_id: agent_id(&self.agent_id),
             input: self.input,
             conversation_id: self.conversation_id.map(|id| conversation_id(&id)),
             new_conversation: self.new_conversation.unwrap_or(false),
+            history_limit: self.history_limit,
+            variables: self.variables.map(|variables| variables.0),
             version: self.version,
             draft: self.draft.unwrap_or(false),
             max_tokens: self.max_tokens.map(|tokens| tokens.0),
             timeout_seconds: self.timeout_seconds,
             on_busy: self.on_busy.unwrap_or_default(),
             idempotency_key: self.idempotency_key,
-        })
+        }
     }
 }
 
@@ -223,9 +229,7 @@ pub struct RunIdInput {
     run_id: ID,
 }
 
-/// Not supported yet.
 #[derive(InputObject)]
-#[allow(dead_code)] // the schema is settled; what it holds is refused
 pub struct DecideToolCallInput {
     run_id: ID,
     call_id: String,
@@ -297,10 +301,7 @@ impl RunMutation {
     /// [RUN]
     async fn start_run(&self, ctx: &Context<'_>, input: StartRunInput) -> Result<RunPayload> {
         let viewer = viewer(ctx)?.require(Scope::Run)?;
-        run_payload(match input.into_new() {
-            Ok(new) => super::start(app(ctx)?, viewer, new).await,
-            Err(refused) => Err(refused),
-        })
+        run_payload(super::start(app(ctx)?, viewer, input.into_new()).await)
     }
 
     /// [RUN]
@@ -311,15 +312,16 @@ impl RunMutation {
 
     /// [RUN] From PAUSED_QUOTA.
     async fn resume_run(&self, ctx: &Context<'_>, input: RunIdInput) -> Result<RunPayload> {
-        let viewer = viewer(ctx)?.require(Scope::Run)?;
-        run_payload(super::resume(app(ctx)?, viewer, run_id(&input.run_id)).await)
+        let tenant_id = viewer(ctx)?.require(Scope::Run)?.tenant_id();
+        run_payload(super::resume(app(ctx)?, tenant_id, run_id(&input.run_id)).await)
     }
 
-    /// [RUN] Not supported yet: no tool can ask for a decision.
+    /// [RUN] About a call that waits. The run goes on with it; others may still wait.
     async fn decide_tool_call(&self, ctx: &Context<'_>, input: DecideToolCallInput) -> Result<RunPayload> {
-        viewer(ctx)?.require(Scope::Run)?;
-        let DecideToolCallInput { .. } = input;
-        run_payload(Err(UserError::not_supported("decideToolCall").into()))
+        let tenant_id = viewer(ctx)?.require(Scope::Run)?.tenant_id();
+        let DecideToolCallInput { run_id: id, call_id, approve, arguments_hash, message, always } = input;
+        let decision = Decision { call_id, approve, arguments_hash, message, always: always.unwrap_or(false) };
+        run_payload(approvals::decide(app(ctx)?, tenant_id, run_id(&id), decision).await)
     }
 }
 

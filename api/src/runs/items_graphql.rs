@@ -12,7 +12,7 @@ use super::events::Event;
 use super::graphql::RunError;
 use super::journal::from_row;
 use super::status::RunStatus;
-use crate::agents::definition_graphql::GuardrailStage;
+use crate::agents::guardrails_graphql::GuardrailStage;
 use crate::error::Error;
 use crate::graphql::page::{Cursor, Page};
 use crate::usage::graphql::TokenUsage;
@@ -23,7 +23,12 @@ use crate::usage::graphql::TokenUsage;
     field(name = "sequence", ty = "&i32"),
     field(name = "created_at", ty = "&DateTime<Utc>"),
     field(name = "agent_name", ty = "&String"),
-    field(name = "turn", ty = "&Option<i32>")
+    field(name = "turn", ty = "&Option<i32>"),
+    field(
+        name = "scope",
+        ty = "&Option<String>",
+        desc = "The nested run it belongs to, by the calls that lead there; null: the run itself."
+    )
 )]
 pub enum RunItem {
     Message(MessageItem),
@@ -51,6 +56,8 @@ pub struct MessageItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     /// Joins it with its deltas.
     index: Option<i32>,
     role: Role,
@@ -63,6 +70,8 @@ pub struct ReasoningItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     index: i32,
     text: String,
 }
@@ -74,6 +83,8 @@ pub struct ToolCallItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     index: i32,
     call_id: String,
     name: String,
@@ -87,6 +98,8 @@ pub struct ToolOutputItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     call_id: String,
     output: String,
     is_error: bool,
@@ -98,6 +111,8 @@ pub struct ApprovalItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     call_id: String,
     /// Null: asked, not decided.
     approved: Option<bool>,
@@ -110,6 +125,8 @@ pub struct HandoffItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     call_id: String,
     to_agent_name: String,
 }
@@ -120,6 +137,8 @@ pub struct GuardrailItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     name: String,
     stage: GuardrailStage,
     reason: String,
@@ -131,6 +150,8 @@ pub struct UsageItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     model: String,
     usage: TokenUsage,
 }
@@ -141,6 +162,8 @@ pub struct StatusItem {
     created_at: DateTime<Utc>,
     agent_name: String,
     turn: Option<i32>,
+    /// The nested run it belongs to, by the calls that lead there; null: the run itself.
+    scope: Option<String>,
     status: RunStatus,
     error: Option<RunError>,
 }
@@ -152,25 +175,33 @@ fn int(number: impl TryInto<i32>) -> i32 {
 impl From<Item> for RunItem {
     fn from(item: Item) -> Self {
         let (sequence, created_at) = (int(item.sequence), item.created_at);
-        let (agent_name, turn) = (item.step.agent_name, item.step.turn.map(int));
+        let (agent_name, turn, scope) = (item.step.agent_name, item.step.turn.map(int), item.step.scope);
         match item.step.body {
             Body::Message { index, role, text, .. } => RunItem::Message(MessageItem {
                 sequence,
                 created_at,
                 agent_name,
                 turn,
+                scope,
                 index: index.map(int),
                 role: role.into(),
                 text,
             }),
-            Body::Reasoning { index, text, .. } => {
-                RunItem::Reasoning(ReasoningItem { sequence, created_at, agent_name, turn, index: int(index), text })
-            }
+            Body::Reasoning { index, text, .. } => RunItem::Reasoning(ReasoningItem {
+                sequence,
+                created_at,
+                agent_name,
+                turn,
+                scope,
+                index: int(index),
+                text,
+            }),
             Body::ToolCall { index, call_id, name, arguments, arguments_hash, .. } => RunItem::ToolCall(ToolCallItem {
                 sequence,
                 created_at,
                 agent_name,
                 turn,
+                scope,
                 index: int(index),
                 call_id,
                 name,
@@ -182,24 +213,26 @@ impl From<Item> for RunItem {
                 created_at,
                 agent_name,
                 turn,
+                scope,
                 call_id,
                 output,
                 is_error,
             }),
             Body::Handoff { call_id, to_agent_name, .. } => {
-                RunItem::Handoff(HandoffItem { sequence, created_at, agent_name, turn, call_id, to_agent_name })
+                RunItem::Handoff(HandoffItem { sequence, created_at, agent_name, turn, scope, call_id, to_agent_name })
             }
             Body::Usage { model, usage, .. } => {
-                RunItem::Usage(UsageItem { sequence, created_at, agent_name, turn, model, usage: usage.into() })
+                RunItem::Usage(UsageItem { sequence, created_at, agent_name, turn, scope, model, usage: usage.into() })
             }
             Body::Approval { call_id, approved, .. } => {
-                RunItem::Approval(ApprovalItem { sequence, created_at, agent_name, turn, call_id, approved })
+                RunItem::Approval(ApprovalItem { sequence, created_at, agent_name, turn, scope, call_id, approved })
             }
             Body::Guardrail { name, stage, reason, .. } => RunItem::Guardrail(GuardrailItem {
                 sequence,
                 created_at,
                 agent_name,
                 turn,
+                scope,
                 name,
                 stage: stage.into(),
                 reason,
@@ -209,9 +242,20 @@ impl From<Item> for RunItem {
                 created_at,
                 agent_name,
                 turn,
+                scope,
                 status: status.into(),
                 error: error.map(Into::into),
             }),
+        }
+    }
+}
+
+impl ToolCallItem {
+    /// The item of a call.
+    pub fn of(item: Item) -> Option<Self> {
+        match RunItem::from(item) {
+            RunItem::ToolCall(call) => Some(call),
+            _ => None,
         }
     }
 }

@@ -19,7 +19,7 @@ use sea_orm::{
 use uuid::Uuid;
 
 use super::status::{code_name, stored};
-use super::{queue, record};
+use super::{approvals, queue, record};
 use crate::app::App;
 use crate::db::values_list;
 use crate::error::Error;
@@ -30,7 +30,8 @@ use crate::tenants::changes::Change;
 pub struct Append {
     /// Its right to the run.
     pub lease: Lease,
-    /// The sequence that the first step is to have.
+    /// The earliest sequence that the first step can have: behind what its author knew of. Others may have written in
+    /// the meantime: nested runs, and who decides about calls.
     pub from_sequence: i64,
     /// What happened.
     pub steps: Vec<Step>,
@@ -43,7 +44,7 @@ pub enum Verdict {
     Stored,
     /// It was stored before, by the same holder: its answer had been lost.
     Repeated,
-    /// The lease is lost, or the sequence is not the next one (I3).
+    /// The lease is lost, or the sequence is none yet (I3).
     Refused,
 }
 
@@ -67,9 +68,8 @@ pub async fn append_all(
     if appends.is_empty() {
         return Ok((Vec::new(), Vec::new()));
     }
-    let ending =
-        appends.iter().filter(|append| append.steps.iter().any(|step| matches!(step.body, Body::Status { .. })));
-    lock_conversations(tx, ending.map(|append| append.lease.run_id).collect()).await?;
+    let moving = |append: &&Append| append.steps.iter().any(|step| matches!(step.body, Body::Status { .. }));
+    lock_conversations(tx, appends.iter().filter(moving).map(|append| append.lease.run_id).collect()).await?;
     let now = app.clock.now();
     let until = queue::lease_from(app, now);
     let rows = runs::without_spec()
@@ -81,10 +81,22 @@ pub async fn append_all(
     let mut entries: BTreeMap<Uuid, Entry> = rows.into_iter().map(|run| (run.id, Entry::of(run))).collect();
     let mut verdicts = Vec::with_capacity(appends.len());
     for append in appends {
-        let entry = entries.get_mut(&append.lease.run_id);
-        verdicts.push(entry.map_or(Verdict::Refused, |entry| entry.take(append, now, until)));
+        let Some(entry) = entries.get_mut(&append.lease.run_id) else {
+            verdicts.push(Verdict::Refused);
+            continue;
+        };
+        let stored = entry.stored_since(tx, append.from_sequence).await?;
+        verdicts.push(entry.take(app, append, &stored, now, until));
     }
-    let written = entries.into_values().filter(|entry| !entry.items.is_empty()).collect();
+    let mut written: Vec<Entry> = entries.into_values().filter(|entry| !entry.items.is_empty()).collect();
+    for entry in &mut written {
+        let waits = entry.run.status == Status::WaitingApproval;
+        if waits && approvals::is_owed_a_turn(tx, &entry.run, &entry.items).await? {
+            let agent_name = entry.items.last().map(|item| item.step.agent_name.clone()).unwrap_or_default();
+            let queued = Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Queued) };
+            entry.add(app, vec![queued], now, None);
+        }
+    }
     Ok((verdicts, store(app, tx, written, now).await?))
 }
 
@@ -133,21 +145,40 @@ impl Entry {
         Self { before: run.clone(), run, items: Vec::new() }
     }
 
-    fn take(&mut self, append: Append, now: DateTime<Utc>, lease_until: DateTime<Utc>) -> Verdict {
+    /// What was stored before this transaction of what an append's author may not know of.
+    async fn stored_since(&self, tx: &DatabaseTransaction, from_sequence: i64) -> Result<Vec<Item>, Error> {
+        match from_sequence < self.before.next_sequence {
+            true => items_since(tx, &self.run, from_sequence).await,
+            false => Ok(Vec::new()),
+        }
+    }
+
+    fn take(
+        &mut self,
+        app: &App,
+        append: Append,
+        stored: &[Item],
+        now: DateTime<Utc>,
+        lease_until: DateTime<Utc>,
+    ) -> Verdict {
         let Append { lease, from_sequence, steps } = append;
-        if self.run.fence != lease.fence {
+        if self.run.fence != lease.fence || from_sequence > self.run.next_sequence {
             return Verdict::Refused;
         }
-        if self.run.status == Status::Running && self.run.next_sequence == from_sequence {
-            self.add(steps, now, Some(lease_until));
-            return Verdict::Stored;
+        let since = stored.iter().chain(&self.items).filter(|item| item.sequence >= from_sequence);
+        let since: Vec<&Step> = since.map(|item| &item.step).collect();
+        if since.windows(Ord::max(steps.len(), 1)).any(|window| window.iter().copied().eq(&steps)) {
+            return Verdict::Repeated;
         }
-        let next = from_sequence + i64::try_from(steps.len()).unwrap_or(0);
-        if self.run.next_sequence == next { Verdict::Repeated } else { Verdict::Refused }
+        if self.run.status != Status::Running {
+            return Verdict::Refused;
+        }
+        self.add(app, steps, now, Some(lease_until));
+        Verdict::Stored
     }
 
     /// Adds steps, and does what they mean for the run's row.
-    fn add(&mut self, steps: Vec<Step>, now: DateTime<Utc>, lease_until: Option<DateTime<Utc>>) {
+    fn add(&mut self, app: &App, steps: Vec<Step>, now: DateTime<Utc>, lease_until: Option<DateTime<Utc>>) {
         let held_ms = queue::held_ms(&self.run, now);
         for step in steps {
             apply(&mut self.run, &step, now);
@@ -160,6 +191,9 @@ impl Entry {
         if !goes_on {
             self.run.held_ms = held_ms;
         }
+        self.run.waits_until =
+            (self.run.status == Status::WaitingApproval).then(|| approvals::expiry(app, now)).filter(|_| !goes_on);
+        self.run.paused_at = (self.run.status == Status::PausedQuota).then_some(now);
     }
 }
 
@@ -173,7 +207,8 @@ pub async fn write(
     now: DateTime<Utc>,
 ) -> Result<Appended, Error> {
     let mut entry = Entry::of(run);
-    entry.add(steps, now, None);
+    let lease_until = entry.run.lease_until;
+    entry.add(app, steps, now, lease_until);
     let appended = store(app, tx, vec![entry], now).await?.into_iter().next();
     appended.ok_or_else(|| Error::internal("an append came to nothing"))
 }
@@ -208,6 +243,10 @@ async fn store(
     for (tenant_id, pool) in left {
         queue::refresh_head(tx, tenant_id, pool).await?;
     }
+    // One that waited goes on at once where a decision came while it was at work.
+    let again =
+        entries.iter().filter(|entry| entry.before.status == Status::Running && entry.run.status == Status::Queued);
+    next.extend(again.map(|entry| entry.run.clone()));
     for run in next {
         queue::enqueue(app, tx, run).await?;
     }
@@ -220,14 +259,15 @@ async fn store(
 
 /// Writes what appends may change of runs, in one statement.
 async fn update_rows(tx: &DatabaseTransaction, entries: &[Entry]) -> Result<(), Error> {
-    const COLUMNS: usize = 11;
+    const COLUMNS: usize = 14;
     if entries.is_empty() {
         return Ok(());
     }
     let sql = format!(
         "UPDATE runs SET status = v.column2, output = v.column3, error_code = v.column4, error_message = v.column5, \
          turns = v.column6, current_agent_id = v.column7, next_sequence = v.column8, lease_until = v.column9, \
-         held_ms = v.column10, finished_at = v.column11 FROM ({}) AS v WHERE runs.id = v.column1",
+         held_ms = v.column10, finished_at = v.column11, output_json = v.column12, waits_until = v.column13, \
+         paused_at = v.column14 FROM ({}) AS v WHERE runs.id = v.column1",
         values_list(entries.len(), COLUMNS)
     );
     let values = entries.iter().flat_map(|Entry { run, .. }| -> [Value; COLUMNS] {
@@ -243,6 +283,9 @@ async fn update_rows(tx: &DatabaseTransaction, entries: &[Entry]) -> Result<(), 
             run.lease_until.into(),
             run.held_ms.into(),
             run.finished_at.into(),
+            run.output_json.clone().into(),
+            run.waits_until.into(),
+            run.paused_at.into(),
         ]
     });
     tx.execute_raw(Statement::from_sql_and_values(tx.get_database_backend(), sql, values)).await?;
@@ -266,10 +309,14 @@ pub async fn insert_items(
 
 /// What an item means for the run's row.
 fn apply(run: &mut runs::Model, step: &Step, now: DateTime<Utc>) {
+    if step.scope.is_some() {
+        // A nested run has no row.
+        return;
+    }
     match &step.body {
         Body::Usage { .. } => run.turns = step.turn.and_then(|turn| i32::try_from(turn).ok()).unwrap_or(0),
         Body::Handoff { to_agent_id, .. } => run.current_agent_id = *to_agent_id,
-        Body::Status { status, error, output, .. } => {
+        Body::Status { status, error, output, output_json } => {
             run.status = stored(*status);
             if let Some(error) = error {
                 run.error_code = Some(code_name(error.code));
@@ -277,6 +324,7 @@ fn apply(run: &mut runs::Model, step: &Step, now: DateTime<Utc>) {
             }
             if *status == RunStatus::Succeeded {
                 run.output = Some(output.clone().unwrap_or_default());
+                run.output_json.clone_from(output_json);
             }
             if status.is_terminal() {
                 run.finished_at = Some(now);
@@ -389,9 +437,14 @@ pub fn input_item(run: &runs::Model, agent_name: &str) -> Item {
 
 /// All of a run's items, as the transaction sees them.
 pub async fn items_in(tx: &DatabaseTransaction, run: &runs::Model) -> Result<Vec<Item>, Error> {
+    items_since(tx, run, 1).await
+}
+
+async fn items_since(tx: &DatabaseTransaction, run: &runs::Model, from_sequence: i64) -> Result<Vec<Item>, Error> {
     let rows = run_items::Entity::in_tenant(run.tenant_id)
         .filter(run_items::Column::RunId.eq(run.id))
         .filter(run_items::Column::RunCreatedAt.eq(run.created_at))
+        .filter(run_items::Column::Sequence.gte(from_sequence))
         .order_by_asc(run_items::Column::Sequence)
         .all(tx)
         .await?;

@@ -1,11 +1,13 @@
 //! Runs: started, cancelled, resumed; queued, executed, journaled, watched.
 
+pub mod approvals;
 pub mod claimed;
 pub mod events;
 pub mod graphql;
 pub mod items_graphql;
 pub mod journal;
 pub mod live;
+pub mod paused;
 pub mod pool;
 pub mod queue;
 pub mod record;
@@ -16,16 +18,19 @@ pub mod turn;
 pub mod wakes;
 
 use async_graphql::Enum;
-use cloister_runtime::item::{Body, RunStatus, Step};
+use cloister_runtime::item::{Body, Item, RunStatus, Step};
 use cloister_runtime::spec::RunSpec;
 use entity::runs::Status;
 use entity::{TenantOwned, runs};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, ColumnTrait, DatabaseTransaction, QueryFilter, QuerySelect};
+use serde_json::Value;
+use std::collections::HashSet;
 use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::agents::graph;
+use crate::agents::variables::Variables;
 use crate::app::App;
 use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
 use crate::input::Checks;
@@ -36,6 +41,8 @@ use crate::viewer::TenantViewer;
 
 /// The longest input, in characters.
 const MAX_INPUT: usize = 200_000;
+/// The highest limit on the items of a conversation that a run is shown.
+const MAX_HISTORY: i32 = 100_000;
 
 /// What a run is started with.
 #[derive(Default)]
@@ -48,6 +55,10 @@ pub struct NewRun {
     pub conversation_id: Option<Uuid>,
     /// Begin a conversation with this run.
     pub new_conversation: bool,
+    /// The most items of the conversation that it is shown, in whole turns.
+    pub history_limit: Option<i32>,
+    /// Values for the variables in the instructions, as they came in.
+    pub variables: Option<Value>,
     /// A published version in place of the newest.
     pub version: Option<i32>,
     /// Run the draft.
@@ -76,8 +87,8 @@ pub enum OnBusy {
 
 impl NewRun {
     /// Tells inputs apart that come with the same idempotency key.
-    fn fingerprint(&self) -> String {
-        sha256_hex(&format!(
+    fn fingerprint(&self, variables: &Variables) -> String {
+        let mut input = format!(
             "{:?}",
             (
                 self.agent_id,
@@ -90,19 +101,27 @@ impl NewRun {
                 self.timeout_seconds,
                 self.on_busy
             )
-        ))
+        );
+        // Only where they are given: keys are still in use from when there were none.
+        if !variables.is_empty() {
+            input += &format!("{variables:?}");
+        }
+        if let Some(limit) = self.history_limit {
+            input += &format!("history {limit}");
+        }
+        sha256_hex(&input)
     }
 }
 
 /// Starts a run: all that it needs is frozen, and it waits to be claimed.
 pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<runs::Model> {
-    check(app, &new)?;
+    let variables = check(app, &new)?;
     let tenant_id = viewer.tenant_id();
-    let fingerprint = new.fingerprint();
+    let fingerprint = new.fingerprint(&variables);
     if let Some(run) = repeated(app, tenant_id, new.idempotency_key.as_deref(), &fingerprint).await? {
         return Ok(run);
     }
-    let frozen = graph::freeze(app, tenant_id, new.agent_id, new.version, new.draft).await?;
+    let frozen = graph::freeze(app, tenant_id, new.agent_id, new.version, new.draft).await?.filled(&variables)?;
     if quota::unused_by(app, viewer).await? <= 0 {
         let message = "Nothing is left of this month's tokens. Raise the limit, or wait for the new month.";
         return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
@@ -120,7 +139,8 @@ pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<run
     }
 }
 
-fn check(app: &App, new: &NewRun) -> Outcome<()> {
+/// Checks what a run is started with; the values of its variables.
+fn check(app: &App, new: &NewRun) -> Outcome<Variables> {
     let mut checks = Checks::default();
     checks.text("input", &new.input, 1, MAX_INPUT);
     if new.conversation_id.is_some() && new.new_conversation {
@@ -142,7 +162,12 @@ fn check(app: &App, new: &NewRun) -> Outcome<()> {
     if let Some(key) = &new.idempotency_key {
         checks.text("idempotencyKey", key, 1, 255);
     }
-    checks.finish()
+    if let Some(limit) = new.history_limit {
+        checks.range("historyLimit", limit, 0, MAX_HISTORY);
+    }
+    let variables = Variables::read(new.variables.as_ref(), &mut checks);
+    checks.finish()?;
+    Ok(variables)
 }
 
 /// The run that was started with this idempotency key before.
@@ -203,28 +228,32 @@ pub async fn cancel_all(app: &App, tenant_id: Uuid) -> Outcome<()> {
 async fn cancel_in(app: &App, tx: &DatabaseTransaction, mut run: runs::Model) -> Outcome<journal::Appended> {
     let items = journal::items_in(tx, &run).await?;
     let agent_name = items.last().map(|item| item.step.agent_name.clone()).unwrap_or_default();
-    let mut steps: Vec<Step> = Vec::new();
-    for item in &items {
-        if let Body::ToolCall { call_id, .. } = &item.step.body {
-            let output = Body::output(call_id, "The run was cancelled.", true);
-            steps.push(Step {
-                agent_name: item.step.agent_name.clone(),
-                turn: item.step.turn,
-                scope: item.step.scope.clone(),
-                body: output,
-            });
-        }
-    }
-    let answered = |id: &str| {
-        items.iter().any(|item| match &item.step.body {
-            Body::ToolOutput { call_id, .. } | Body::Handoff { call_id, .. } => call_id == id,
-            _ => false,
-        })
-    };
-    steps.retain(|step| !matches!(&step.body, Body::ToolOutput { call_id, .. } if answered(call_id)));
+    let mut steps = open_calls(&items, "The run was cancelled.");
     steps.push(Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Cancelled) });
     run.fence = raise_fence(tx, &run).await?;
     Ok(journal::write(app, tx, run, steps, app.clock.now()).await?)
+}
+
+/// An output for every call that has none, so that the history has no orphan.
+fn open_calls(items: &[Item], output: &str) -> Vec<Step> {
+    let answered: HashSet<(Option<&str>, &str)> = items
+        .iter()
+        .filter_map(|item| match &item.step.body {
+            Body::ToolOutput { call_id, .. } | Body::Handoff { call_id, .. } => {
+                Some((item.step.scope.as_deref(), call_id.as_str()))
+            }
+            _ => None,
+        })
+        .collect();
+    let open = items.iter().filter_map(|item| match &item.step.body {
+        Body::ToolCall { call_id, is_hosted: false, .. }
+            if !answered.contains(&(item.step.scope.as_deref(), call_id.as_str())) =>
+        {
+            Some(Step { body: Body::output(call_id, output, true), ..item.step.clone() })
+        }
+        _ => None,
+    });
+    open.collect()
 }
 
 async fn raise_fence(tx: &DatabaseTransaction, run: &runs::Model) -> Result<i64, Error> {
@@ -233,8 +262,7 @@ async fn raise_fence(tx: &DatabaseTransaction, run: &runs::Model) -> Result<i64,
 }
 
 /// Lets a run go on that is PAUSED_QUOTA.
-pub async fn resume(app: &App, viewer: &TenantViewer, id: Uuid) -> Outcome<runs::Model> {
-    let tenant_id = viewer.tenant_id();
+pub async fn resume(app: &App, tenant_id: Uuid, id: Uuid) -> Outcome<runs::Model> {
     let run = runs::Entity::in_tenant(tenant_id).filter(runs::Column::Id.eq(id)).one(app.db.read()).await?;
     let run = run.ok_or_else(|| UserError::not_found("runId", "run"))?;
     let unused = quota::unused(app, tenant_id, run.api_key_id).await?;

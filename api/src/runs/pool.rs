@@ -1,13 +1,13 @@
 //! The shared pool: claims runs of the queue and executes them in this process.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cloister_runtime::run::{Outcome, Ports, Stop, run};
 use cloister_runtime::spec::Lease;
-use dashmap::{DashMap, Entry};
+use dashmap::DashMap;
 use entity::runs;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
@@ -32,7 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Pool {
     concurrency: usize,
     active: DashMap<Uuid, (Lease, Stop)>,
-    answering: DashMap<Uuid, (Lease, CancellationToken)>,
+    /// By run and nested run.
+    answering: DashMap<Uuid, BTreeMap<Option<String>, (Lease, CancellationToken)>>,
     /// Runs on their way into the queue, of which nobody was told yet.
     entering: DashMap<Uuid, runs::Model>,
 }
@@ -61,23 +62,29 @@ impl Pool {
         {
             entry.1.abandon.cancel();
         }
-        if let Some(entry) = self.answering.get(&run_id)
-            && entry.0.fence <= fence
-        {
-            entry.1.cancel();
+        if let Some(calls) = self.answering.get(&run_id) {
+            for (lease, abandoned) in calls.values() {
+                if lease.fence <= fence {
+                    abandoned.cancel();
+                }
+            }
         }
     }
 
-    /// Notes that a worker apart waits here for a model's answer, until what is returned is dropped. None if it does so
-    /// already. An older claim's call gives way.
-    pub fn answer(app: &App, lease: Lease) -> Option<Answering> {
-        let answering = Answering { app: app.clone(), lease, abandoned: CancellationToken::new() };
-        let noted = (lease, answering.abandoned.clone());
-        match app.pool.answering.entry(lease.run_id) {
-            Entry::Occupied(held) if held.get().0.fence >= lease.fence => return None,
-            Entry::Occupied(mut held) => held.insert(noted).1.cancel(),
-            Entry::Vacant(free) => drop(free.insert(noted)),
+    /// Notes that a worker apart waits here for a model's answer to a run, or to one nested in it, until what is returned
+    /// is dropped. None if it does so already. An older claim's call gives way.
+    pub fn answer(app: &App, lease: Lease, scope: Option<&str>) -> Option<Answering> {
+        let scope = scope.map(str::to_owned);
+        let answering =
+            Answering { app: app.clone(), lease, scope: scope.clone(), abandoned: CancellationToken::new() };
+        let mut calls = app.pool.answering.entry(lease.run_id).or_default();
+        if calls.get(&scope).is_some_and(|(held, _)| held.fence >= lease.fence) {
+            return None;
         }
+        if let Some((_, older)) = calls.insert(scope, (lease, answering.abandoned.clone())) {
+            older.cancel();
+        }
+        drop(calls);
         Some(answering)
     }
 
@@ -89,7 +96,7 @@ impl Pool {
 
     /// Whether a worker apart waits here for a model's answer by this lease.
     pub fn answers(&self, lease: Lease) -> bool {
-        self.answering.get(&lease.run_id).is_some_and(|entry| entry.0 == lease)
+        self.answering.get(&lease.run_id).is_some_and(|calls| calls.values().any(|(held, _)| *held == lease))
     }
 
     /// Commits what lets runs into the queue, and tells of them. Whoever claims a run before that tells in our
@@ -135,6 +142,7 @@ impl Drop for Entering<'_> {
 pub struct Answering {
     app: App,
     lease: Lease,
+    scope: Option<String>,
     abandoned: CancellationToken,
 }
 
@@ -147,8 +155,17 @@ impl Answering {
 
 impl Drop for Answering {
     fn drop(&mut self) {
-        self.app.pool.answering.remove_if(&self.lease.run_id, |_, (held, _)| *held == self.lease);
-        self.app.live.forget(self.lease.run_id);
+        let answering = &self.app.pool.answering;
+        answering.alter(&self.lease.run_id, |_, mut calls| {
+            if calls.get(&self.scope).is_some_and(|(held, _)| *held == self.lease) {
+                calls.remove(&self.scope);
+            }
+            calls
+        });
+        answering.remove_if(&self.lease.run_id, |_, calls| calls.is_empty());
+        if self.scope.is_none() {
+            self.app.live.forget(self.lease.run_id);
+        }
     }
 }
 
@@ -191,7 +208,9 @@ fn begin(app: &App, claimed: runs::Model) {
         app.pool.active.remove_if(&lease.run_id, |_, (held, _)| *held == lease);
         app.live.forget(lease.run_id);
         match outcome {
-            Ok(Outcome::Ended | Outcome::Paused | Outcome::LeaseLost | Outcome::JournalUnavailable) => {}
+            Ok(
+                Outcome::Ended | Outcome::Paused | Outcome::Waiting | Outcome::LeaseLost | Outcome::JournalUnavailable,
+            ) => {}
             Ok(Outcome::HandedBack) => try_hand_back(&app, lease).await,
             Err(error) => retry_or_fail(&app, &claimed, &error).await,
         }
@@ -205,6 +224,7 @@ async fn execute(app: &App, claimed: &runs::Model, stop: &Stop) -> Result<Outcom
         model: Arc::new(GatewayModel::new(app, claimed)),
         journal: Arc::new(DatabaseJournal(app.clone())),
         webhooks: app.webhooks.clone(),
+        mcp: app.mcp.clone(),
     };
     Ok(run(claim, &ports, stop).await)
 }

@@ -202,7 +202,8 @@ impl Start {
             worker: None,
             output_json: None,
             waits_until: None,
-            history_limit: None,
+            paused_at: None,
+            history_limit: new.history_limit,
         };
         Ok(Self { run, agent_name, begins_conversation: false, waits: false })
     }

@@ -12,6 +12,9 @@ use super::refused::Refused;
 use crate::app::App;
 use crate::runs::journal::from_row;
 
+/// Bytes of a nested run's name.
+const MAX_SCOPE_BYTES: usize = 4_096;
+
 /// Refuses what no host is named.
 pub fn worker(name: Option<&str>) -> Result<(), Refused> {
     match name.is_none_or(is_worker_name) {
@@ -54,30 +57,46 @@ fn texts(step: &Step) -> impl Iterator<Item = &str> {
 }
 
 /// Refuses items that a worker's run can't have come to.
-pub async fn steps(app: &App, run: &runs::Model, steps: &[Step]) -> Result<(), Refused> {
-    let spec: RunSpec = serde_json::from_value(run.spec.clone())?;
-    let answers = |step: &Step| matches!(step.body, Body::ToolOutput { .. } | Body::Handoff { .. });
+pub async fn steps(app: &App, run: &runs::Model, spec: &RunSpec, steps: &[Step]) -> Result<(), Refused> {
+    let answers =
+        |step: &Step| matches!(step.body, Body::ToolOutput { .. } | Body::Handoff { .. } | Body::Approval { .. });
     let mut open = if steps.iter().any(answers) { open_calls(app, run).await? } else { HashSet::new() };
     for (at, step) in steps.iter().enumerate() {
         let is_last = at + 1 == steps.len();
         if !spec.agents.values().any(|agent| agent.name == step.agent_name) {
             return Err(Refused::invalid("An item's agent is none of the run's."));
         }
+        if step.scope.as_ref().is_some_and(|scope| !is_scope(spec, scope)) {
+            return Err(Refused::invalid("The run has no such nested run."));
+        }
         match &step.body {
             Body::ToolOutput { call_id, .. } => answer(run, step, &mut open, call_id)?,
             Body::Handoff { call_id, to_agent_id, to_agent_name, .. } => {
                 answer(run, step, &mut open, call_id)?;
-                let agent = spec.agents.get(&run.current_agent_id);
-                let offered = agent.is_some_and(|agent| agent.handoffs.iter().any(|to| to.agent_id == *to_agent_id));
+                let mut agents = spec.agents.values();
+                let offered = agents.any(|agent| {
+                    agent.name == step.agent_name
+                        && (step.scope.is_some() || agent.id == run.current_agent_id)
+                        && agent.handoffs.iter().any(|to| to.agent_id == *to_agent_id)
+                });
                 let to = spec.agents.get(to_agent_id).filter(|to| offered && to.name == *to_agent_name);
                 if to.is_none() || !is_last {
                     return Err(Refused::invalid("The agent has no such handoff."));
                 }
             }
-            Body::Status { .. } if is_last && step.turn.is_none() => status(&step.body)?,
+            Body::Status { .. } if is_last && step.turn.is_none() && step.scope.is_none() => status(&step.body)?,
             Body::Status { .. } => return Err(Refused::invalid("A change of state comes last, outside a turn.")),
-            Body::Approval { .. } | Body::Guardrail { .. } => {
-                return Err(Refused::invalid("This is not a worker's to say."));
+            Body::Approval { call_id, approved: None, .. } => {
+                if !open.contains(&(step.scope.clone(), call_id.clone())) {
+                    return Err(Refused::invalid("An approval is asked for no open call."));
+                }
+            }
+            Body::Approval { .. } => return Err(Refused::invalid("A worker decides about no call.")),
+            Body::Guardrail { name, stage, .. } => {
+                let mut guardrails = spec.agents.values().flat_map(|agent| &agent.guardrails);
+                if !guardrails.any(|guardrail| guardrail.name == *name && guardrail.stage == *stage) {
+                    return Err(Refused::invalid("The run has no such guardrail."));
+                }
             }
             Body::Message { .. } | Body::Reasoning { .. } | Body::ToolCall { .. } | Body::Usage { .. } => {
                 return Err(Refused::invalid("What a model answered is stored with its charge, and not by workers."));
@@ -88,11 +107,11 @@ pub async fn steps(app: &App, run: &runs::Model, steps: &[Step]) -> Result<(), R
 }
 
 /// An output answers an open call of the turn whose response is stored, once.
-fn answer(run: &runs::Model, step: &Step, open: &mut HashSet<String>, call_id: &str) -> Result<(), Refused> {
-    if step.turn.and_then(|turn| i32::try_from(turn).ok()) != Some(run.turns) {
+fn answer(run: &runs::Model, step: &Step, open: &mut OpenCalls, call_id: &str) -> Result<(), Refused> {
+    if step.scope.is_none() && step.turn.and_then(|turn| i32::try_from(turn).ok()) != Some(run.turns) {
         return Err(Refused::invalid(format!("The run's calls are of turn {}.", run.turns)));
     }
-    if !open.remove(call_id) {
+    if !open.remove(&(step.scope.clone(), call_id.to_owned())) {
         return Err(Refused::invalid("An output answers no open call."));
     }
     Ok(())
@@ -100,18 +119,29 @@ fn answer(run: &runs::Model, step: &Step, open: &mut HashSet<String>, call_id: &
 
 /// The states into which a worker moves its run.
 fn status(body: &Body) -> Result<(), Refused> {
-    let Body::Status { status, error, output, .. } = body else { return Ok(()) };
+    let Body::Status { status, error, output, output_json } = body else { return Ok(()) };
+    if output_json.is_some() && *status != RunStatus::Succeeded {
+        return Err(Refused::invalid("Only a run that succeeds has an output."));
+    }
     let fits = match status {
         RunStatus::Succeeded => error.is_none() && output.is_some(),
         RunStatus::Failed => error.is_some() && output.is_none(),
-        RunStatus::PausedQuota => error.is_none() && output.is_none(),
-        RunStatus::Queued | RunStatus::Running | RunStatus::WaitingApproval | RunStatus::Cancelled => false,
+        RunStatus::PausedQuota | RunStatus::WaitingApproval => error.is_none() && output.is_none(),
+        RunStatus::Queued | RunStatus::Running | RunStatus::Cancelled => false,
     };
     if fits { Ok(()) } else { Err(Refused::invalid("This change of state is not a worker's to make.")) }
 }
 
+/// Whether a run can have a nested run of this name.
+pub fn is_scope(spec: &RunSpec, scope: &str) -> bool {
+    spec.has_other_authors() && (1..=MAX_SCOPE_BYTES).contains(&scope.len()) && !scope.contains('\0')
+}
+
+/// Calls by the nested run that they belong to and their id.
+type OpenCalls = HashSet<(Option<String>, String)>;
+
 /// The calls of the run that have no output.
-async fn open_calls(app: &App, run: &runs::Model) -> Result<HashSet<String>, Refused> {
+async fn open_calls(app: &App, run: &runs::Model) -> Result<OpenCalls, Refused> {
     let rows = run_items::Entity::in_tenant(run.tenant_id)
         .filter(run_items::Column::RunId.eq(run.id))
         .filter(run_items::Column::RunCreatedAt.eq(run.created_at))
@@ -121,9 +151,11 @@ async fn open_calls(app: &App, run: &runs::Model) -> Result<HashSet<String>, Ref
         .await?;
     let mut open = HashSet::new();
     for row in rows {
-        match from_row(row)?.step.body {
-            Body::ToolCall { call_id, .. } => drop(open.insert(call_id)),
-            Body::ToolOutput { call_id, .. } | Body::Handoff { call_id, .. } => drop(open.remove(&call_id)),
+        let Step { scope, body, .. } = from_row(row)?.step;
+        match body {
+            Body::ToolCall { is_hosted: true, .. } => {}
+            Body::ToolCall { call_id, .. } => drop(open.insert((scope, call_id))),
+            Body::ToolOutput { call_id, .. } | Body::Handoff { call_id, .. } => drop(open.remove(&(scope, call_id))),
             _ => {}
         }
     }

@@ -11,6 +11,7 @@ use super::changes::Change;
 use crate::app::App;
 use crate::error::{Error, Outcome};
 use crate::keys::authority;
+use crate::runs::paused::{self, Whose};
 use crate::runs::{self, queue};
 
 /// Why a tenant is not served. Each reason stands by itself: to take one away leaves the others.
@@ -115,6 +116,9 @@ impl Edit {
             }
             if has_moved {
                 queue::change_pool(app, &tx, &after).await?;
+            }
+            if (&after.plan, after.monthly_token_limit) != (&before.plan, before.monthly_token_limit) {
+                paused::reconsider(&tx, Whose::Tenant(after.id)).await?;
             }
             authority::commit(app, tx, after.id).await?;
             tell(app, &before, &after);

@@ -1,7 +1,6 @@
 //! The journal and the model of one run, over HTTP.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -30,14 +29,12 @@ pub struct RemoteRun {
     api: Arc<Api>,
     /// Cancelled when the api wants the run back.
     hand_back: CancellationToken,
-    /// The sequence after the last item that was stored from here.
-    stored: AtomicI64,
 }
 
 impl RemoteRun {
     /// A run that was claimed; `hand_back` is cancelled when the api wants it back.
     pub fn new(api: Arc<Api>, hand_back: CancellationToken) -> Self {
-        Self { api, hand_back, stored: AtomicI64::new(0) }
+        Self { api, hand_back }
     }
 }
 
@@ -46,14 +43,9 @@ impl Journal for RemoteRun {
     async fn append(&self, lease: Lease, from_sequence: i64, steps: Vec<Step>) -> Result<(), JournalError> {
         let path = format!("runs/{}/items", lease.run_id);
         for (from_seq, items) in batches(from_sequence, steps, APPEND_BYTES) {
-            let next = from_seq + items.len().cast_signed() as i64;
-            // The whole is tried again when a part of it could not be stored.
-            if next <= self.stored.load(Ordering::Relaxed) {
-                continue;
-            }
+            // The whole is tried again when a part of it could not be stored; the api knows what it has.
             let request = AppendRequest { lease, from_seq, items };
             let standing: Standing = self.api.post(&path, &request, PATIENCE).await.map_err(|error| refused(&error))?;
-            self.stored.store(next, Ordering::Relaxed);
             if standing.pause {
                 self.hand_back.cancel();
             }
@@ -117,6 +109,9 @@ impl Model for RemoteRun {
         let turn = ModelTurn {
             lease: call.lease,
             turn: call.turn,
+            agent_id: call.recorder.scope.is_some().then_some(call.agent_id),
+            scope: call.recorder.scope,
+            is_final: call.recorder.is_final,
             from_seq: call.recorder.from_sequence,
             request: call.request,
         };
@@ -191,6 +186,7 @@ mod tests {
     #[test]
     fn appends_are_cut_where_they_grow_too_large() {
         let step = |length: usize| Step {
+            scope: None,
             agent_name: "A".into(),
             turn: Some(1),
             body: Body::output("c", "x".repeat(length), false),

@@ -63,6 +63,8 @@ mod tests {
         let recorder = TurnRecorder {
             turn: 3,
             agent_name: "A".into(),
+            scope: None,
+            is_final: true,
             from_sequence: 7,
             used_call_ids: ["call_0".to_owned()].into(),
         };

@@ -1,124 +1,167 @@
-//! Where a run stands, folded from its items: the same for a run that lives and for one that is taken up again.
+//! Where a run stands, folded from its items: the same for a run that lives and for one that is taken up again, and for
+//! a nested run as for the run itself.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::nest_history::{last_n, nest, remove_tools};
 use super::texts;
-use crate::item::{self, Body, InputItem, Item, Role, RunErrorCode, Step};
-use crate::spec::{AgentSpec, Handoff, RunSpec, Tool, ToolUseBehavior, WebhookTool};
+use super::toolbox::{Target, Toolbox};
+use super::turn::{Call, Turn};
+use crate::item::{Body, InputItem, Role, RunError, RunErrorCode, Step};
+use crate::spec::{AgentSpec, GuardrailStage, HandoffFilter};
 
-/// A run between two steps.
+/// A run's agents.
+pub type Agents = BTreeMap<Uuid, Arc<AgentSpec>>;
+
+/// A run, or a nested run, between two steps.
 #[derive(Debug)]
-pub struct State<'a> {
-    spec: &'a RunSpec,
+pub struct State {
+    agents: Arc<Agents>,
+    /// None for the run itself.
+    scope: Option<String>,
     /// Who is at work.
-    agent: &'a AgentSpec,
-    /// The user's message.
-    input: Vec<Step>,
-    turns: Vec<Turn<'a>>,
+    agent: Arc<AgentSpec>,
+    /// What was there before: the history and the input, or what a handoff's filter made of all there was.
+    before: Vec<InputItem>,
+    /// What a handoff's filter left of the turns until then.
+    left: Vec<InputItem>,
+    /// What the user said in the run.
+    input: Vec<InputItem>,
+    turns: Vec<Turn>,
+    /// The first turn that no handoff has filtered.
+    unfiltered: usize,
     /// Agents that have called any tool or handoff.
     tool_users: HashSet<Uuid>,
-    used_call_ids: HashSet<String>,
-    next_sequence: i64,
+    /// Calls whose approval was asked for.
+    asked: HashSet<String>,
+    decisions: HashMap<String, Decision>,
+    /// Decisions about all calls of an agent's tool.
+    standing: HashMap<(Uuid, String), Decision>,
     /// The limit is the first agent's, whoever works now.
     max_turns: u32,
+    trip: Option<Trip>,
+    /// What later runs are shown of a turn whose output was withheld.
+    withheld: Vec<InputItem>,
+    failure: Option<RunError>,
     ended: bool,
 }
 
-/// A turn whose response is stored.
-#[derive(Debug)]
-struct Turn<'a> {
-    number: u32,
-    agent: &'a AgentSpec,
-    /// The response's items.
-    response: Vec<Step>,
-    /// Its calls, in its order.
-    calls: Vec<Call<'a>>,
-    /// Outputs by call id, however they came.
-    outputs: HashMap<String, Step>,
-}
-
-/// A call of a response.
+/// What somebody decided about a call.
 #[derive(Clone, Debug)]
-pub struct Call<'a> {
-    /// Unique in the run.
-    pub id: String,
-    /// The name the model called.
-    pub name: String,
-    /// The arguments as the model wrote them.
-    pub arguments: String,
-    /// Its place among the response's calls, from 0.
-    pub position: usize,
-    /// What answers it.
-    pub target: Target<'a>,
+pub struct Decision {
+    approved: bool,
+    message: Option<String>,
 }
 
-/// What answers a call.
-#[derive(Clone, Copy, Debug)]
-pub enum Target<'a> {
-    /// A webhook.
-    Tool(&'a WebhookTool),
-    /// An agent that is to take over.
-    Handoff(&'a AgentSpec),
-    /// Nothing: the agent has no such tool.
-    Missing,
+/// A guardrail that ended the run.
+#[derive(Clone, Debug)]
+struct Trip {
+    name: String,
+    stage: GuardrailStage,
+    reason: String,
+}
+
+/// Whether a call may be made.
+enum Permission {
+    Granted,
+    /// With what the model is told.
+    Denied(String),
+    /// Somebody is to be asked.
+    Unasked,
+    /// Somebody was asked.
+    Pending,
 }
 
 /// What a run needs next.
 #[derive(Debug)]
-pub enum Next<'a> {
-    /// Webhooks of this turn are to be called.
-    CallTools(u32, Vec<Call<'a>>),
-    /// Calls are to be answered that need no webhook: one append.
+pub enum Next {
+    /// Tools of this turn are to be called.
+    CallTools(u32, Vec<Call>),
+    /// Items are to be stored that need no work: one append.
     Append(Vec<Step>),
     /// The model is to be asked for this turn.
     AskModel(u32),
-    /// The run succeeds with this output.
-    Succeed(String),
+    /// This is the output, if it is what the agent's must be.
+    Finish(Candidate),
     /// The run fails.
-    Fail(RunErrorCode, String),
+    Fail(RunError),
+    /// Calls wait for a decision.
+    Wait,
     /// Nothing: the run has ended.
     Nothing,
 }
 
-impl<'a> State<'a> {
-    /// The state that a journal tells of; none when the spec has no root agent.
-    pub fn rebuild(spec: &'a RunSpec, items: Vec<Item>) -> Option<Self> {
-        let root = spec.agents.get(&spec.root)?;
-        let mut state = State {
-            spec,
-            agent: root,
+/// An output that was not looked at yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The agent whose output it is.
+    pub agent_id: Uuid,
+    /// The text.
+    pub text: String,
+    /// Whether it is a tool's output, by the agent's tool-use behaviour.
+    pub is_from_tool: bool,
+}
+
+impl State {
+    /// A run in which nothing has happened. None if `root` is none of the agents.
+    pub fn new(
+        agents: Arc<Agents>,
+        root: Uuid,
+        scope: Option<String>,
+        max_turns: Option<u32>,
+        before: Vec<InputItem>,
+    ) -> Option<Self> {
+        let agent = agents.get(&root)?.clone();
+        Some(State {
+            max_turns: max_turns.unwrap_or(agent.max_turns),
+            agents,
+            scope,
+            agent,
+            before,
+            left: Vec::new(),
             input: Vec::new(),
+            withheld: Vec::new(),
             turns: Vec::new(),
+            unfiltered: 0,
             tool_users: HashSet::new(),
-            used_call_ids: HashSet::new(),
-            next_sequence: 1,
-            max_turns: root.max_turns,
+            asked: HashSet::new(),
+            decisions: HashMap::new(),
+            standing: HashMap::new(),
+            trip: None,
+            failure: None,
             ended: false,
-        };
-        for item in items {
-            state.fold(item.step);
-        }
-        Some(state)
+        })
     }
 
-    /// Takes in the journal's next item.
+    /// Takes in the next item of its scope.
     pub fn fold(&mut self, step: Step) {
-        self.next_sequence += 1;
         match &step.body {
-            Body::Message { role: Role::User, .. } => self.input.push(step),
-            Body::Message { role: Role::Assistant, .. } | Body::Reasoning { .. } | Body::Usage { .. } => {
+            Body::Message { role: Role::User, text, .. } => {
+                self.before.push(InputItem::User { text: text.clone() });
+                self.input.push(InputItem::User { text: text.clone() });
+            }
+            Body::Message { role: Role::Assistant, .. } | Body::Reasoning { .. } => drop(self.fold_response(step)),
+            Body::Usage { failure, .. } => {
+                if failure.is_some() {
+                    self.failure.clone_from(failure);
+                }
                 self.fold_response(step);
+            }
+            Body::ToolCall { is_hosted: true, .. } => {
+                self.tool_users.insert(self.agent.id);
+                if let Some(turn) = self.fold_response(step) {
+                    turn.has_hosted_calls = true;
+                }
             }
             Body::ToolCall { call_id, name, arguments, .. } => {
                 let (id, name, arguments) = (call_id.clone(), name.clone(), arguments.clone());
                 self.tool_users.insert(self.agent.id);
-                self.used_call_ids.insert(id.clone());
-                let target = target(self.spec, self.agent, &name);
                 if let Some(turn) = self.fold_response(step) {
                     let position = turn.calls.len();
-                    turn.calls.push(Call { id, name, arguments, position, target });
+                    turn.calls.push(Call { id, name, arguments, position });
                 }
             }
             Body::ToolOutput { call_id, .. } => {
@@ -126,11 +169,19 @@ impl<'a> State<'a> {
                 self.fold_output(call_id, step);
             }
             Body::Handoff { call_id, to_agent_id, .. } => {
-                let call_id = call_id.clone();
-                self.agent = self.spec.agents.get(to_agent_id).unwrap_or(self.agent);
-                self.fold_output(call_id, step);
+                let (call_id, to) = (call_id.clone(), *to_agent_id);
+                self.fold_output(call_id.clone(), step);
+                self.hand_off(&call_id, to);
             }
-            Body::Approval { .. } | Body::Guardrail { .. } => {}
+            Body::Approval { call_id, approved, always, message } => match approved {
+                None => drop(self.asked.insert(call_id.clone())),
+                Some(approved) => {
+                    self.decide(call_id.clone(), Decision { approved: *approved, message: message.clone() }, *always);
+                }
+            },
+            Body::Guardrail { name, stage, reason, .. } => {
+                self.trip = Some(Trip { name: name.clone(), stage: *stage, reason: reason.clone() });
+            }
             // A pause or a resumption changes nothing here: the run goes on where it was.
             Body::Status { status, error, .. } => {
                 self.ended |= status.is_terminal();
@@ -142,16 +193,10 @@ impl<'a> State<'a> {
     }
 
     /// Adds to the response of the item's turn, and gives that turn.
-    fn fold_response(&mut self, step: Step) -> Option<&mut Turn<'a>> {
+    fn fold_response(&mut self, step: Step) -> Option<&mut Turn> {
         let number = step.turn?;
         if self.turns.last().is_none_or(|turn| turn.number != number) {
-            self.turns.push(Turn {
-                number,
-                agent: self.agent,
-                response: Vec::new(),
-                calls: Vec::new(),
-                outputs: HashMap::new(),
-            });
+            self.turns.push(Turn::new(number, self.agent.clone()));
         }
         let turn = self.turns.last_mut()?;
         turn.response.push(step);
@@ -164,201 +209,280 @@ impl<'a> State<'a> {
         }
     }
 
-    /// A response that ended the run as failed is no part of what later runs are shown. Beside calls none does.
+    fn hand_off(&mut self, call_id: &str, to: Uuid) {
+        let called = self.turns.last().and_then(|turn| turn.calls.iter().find(|call| call.id == call_id));
+        let handoff = called.and_then(|call| {
+            self.agent.handoffs.iter().find(|handoff| handoff.tool_name == call.name && handoff.agent_id == to)
+        });
+        let (filter, nests) =
+            handoff.map_or((HandoffFilter::None, false), |handoff| (handoff.filter, handoff.nest_history));
+        match filter {
+            HandoffFilter::None if nests => {
+                let earlier = self.turns.len().saturating_sub(1);
+                let turn = self.turns.last().map(Turn::transcript).unwrap_or_default();
+                self.before = nest(&self.before, &self.since(earlier), &turn);
+                self.left.clear();
+            }
+            HandoffFilter::None => {}
+            HandoffFilter::RemoveTools => {
+                self.left = remove_tools(&self.since(self.turns.len()));
+                self.before = remove_tools(&self.before);
+                if let Some(turn) = self.turns.last_mut() {
+                    turn.is_filtered = true;
+                }
+            }
+            HandoffFilter::LastN(count) => {
+                self.before = last_n(&self.view(), usize::try_from(count).unwrap_or(usize::MAX));
+                self.left.clear();
+            }
+        }
+        if nests || filter != HandoffFilter::None {
+            self.unfiltered = self.turns.len();
+        }
+        if let Some(agent) = self.agents.get(&to) {
+            self.agent = agent.clone();
+        }
+    }
+
+    fn decide(&mut self, call_id: String, decision: Decision, always: bool) {
+        let called = self
+            .turns
+            .last()
+            .and_then(|turn| Some((turn.agent.id, turn.calls.iter().find(|call| call.id == call_id)?)));
+        if always && let Some((agent_id, call)) = called {
+            self.standing.insert((agent_id, call.name.clone()), decision.clone());
+        }
+        self.decisions.insert(call_id, decision);
+    }
+
+    /// A response that ended the run as failed is no part of what later runs are shown.
     fn forget_failed_response(&mut self) {
-        if self.turns.last().is_some_and(|turn| turn.calls.is_empty()) {
-            self.turns.pop();
+        match &self.trip {
+            Some(Trip { stage: GuardrailStage::Input, .. }) => self.turns.clear(),
+            Some(Trip { stage: GuardrailStage::Output, .. }) => {
+                self.withheld = self.turns.pop().map(|mut turn| turn.withheld()).unwrap_or_default();
+            }
+            // The call that it was about has no output, and stays out without it.
+            Some(_) => {}
+            // Beside calls none fails.
+            None if self.turns.last().is_some_and(|turn| turn.calls.is_empty()) => drop(self.turns.pop()),
+            None => {}
         }
     }
 
     /// Who is at work.
-    pub fn agent(&self) -> &'a AgentSpec {
-        self.agent
+    pub fn agent(&self) -> &Arc<AgentSpec> {
+        &self.agent
     }
 
-    /// Whether the agent has called any tool or handoff in this run.
-    pub fn has_used_tools(&self, agent: &AgentSpec) -> bool {
-        self.tool_users.contains(&agent.id)
+    /// Whose tools the calls of the last response are.
+    pub fn caller(&self) -> &Arc<AgentSpec> {
+        self.turns.last().map_or(&self.agent, |turn| &turn.agent)
     }
 
-    /// Call ids the run has used.
-    pub fn used_call_ids(&self) -> &HashSet<String> {
-        &self.used_call_ids
+    /// Whether the agent at work has called any tool or handoff in this run.
+    pub fn has_used_tools(&self) -> bool {
+        self.tool_users.contains(&self.agent.id)
     }
 
-    /// The sequence that the next item will have.
-    pub fn next_sequence(&self) -> i64 {
-        self.next_sequence
+    /// Whether nothing was done yet about the first response: what runs beside it has to be waited for.
+    pub fn is_at_first_response(&self) -> bool {
+        let untouched =
+            |turn: &Turn| turn.outputs.is_empty() && turn.calls.iter().all(|call| !self.asked.contains(&call.id));
+        matches!(self.turns.as_slice(), [turn] if turn.number == 1 && untouched(turn))
     }
 
-    /// What the model is shown of this run.
-    pub fn transcript(&self) -> Vec<InputItem> {
-        let steps: Vec<&Step> = self.input.iter().chain(self.turns.iter().flat_map(Turn::steps)).collect();
-        item::transcript(steps.iter().copied())
+    /// Whether no response is stored.
+    pub fn is_new(&self) -> bool {
+        self.turns.is_empty()
     }
 
-    /// What the run needs next.
-    pub fn next(&self) -> Next<'a> {
+    /// Whether the run has ended.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// What the turns before `end` added.
+    fn since(&self, end: usize) -> Vec<InputItem> {
+        let turns = self.turns.iter().take(end).skip(self.unfiltered).flat_map(Turn::transcript);
+        self.left.iter().cloned().chain(turns).collect()
+    }
+
+    /// What the model is shown.
+    pub fn view(&self) -> Vec<InputItem> {
+        let mut view = self.before.clone();
+        view.extend(self.since(self.turns.len()));
+        view
+    }
+
+    /// What a run that goes on from this one is shown of it, the handoffs' filters apart, which are for one agent: each
+    /// turn for itself, after the input.
+    pub fn transcript(self) -> Vec<Vec<InputItem>> {
+        let turns = self.turns.iter().map(|turn| match turn.is_filtered {
+            true => remove_tools(&turn.transcript()),
+            false => turn.transcript(),
+        });
+        let parts = std::iter::once(self.input.clone()).chain(turns).chain([self.withheld.clone()]);
+        parts.filter(|part| !part.is_empty()).collect()
+    }
+
+    /// What the run needs next. `toolbox` is [`State::caller`]'s; `waiting` are agent tools whose runs wait for a
+    /// decision.
+    pub fn next(&self, toolbox: &Toolbox, waiting: &HashSet<String>) -> Next {
         if self.ended {
             return Next::Nothing;
         }
+        if let Some(trip) = &self.trip {
+            return Next::Fail(trip.error());
+        }
+        if let Some(failure) = &self.failure {
+            return Next::Fail(failure.clone());
+        }
         let Some(turn) = self.turns.last() else { return self.ask(1) };
-        let tools: Vec<Call<'a>> = turn.open_calls().filter(|call| call.is_tool()).cloned().collect();
-        if !tools.is_empty() {
-            return Next::CallTools(turn.number, tools);
+        let mut granted = Vec::new();
+        let mut denied = Vec::new();
+        let mut unasked = Vec::new();
+        let mut is_waiting = false;
+        for call in turn.open_calls() {
+            let target = toolbox.target(&call.name);
+            if !target.is_tool() {
+                continue;
+            }
+            match self.permission(turn, call, target) {
+                Permission::Granted if waiting.contains(&call.id) => is_waiting = true,
+                Permission::Granted => granted.push(call.clone()),
+                Permission::Denied(message) => denied.push(Body::output(&call.id, message, true)),
+                Permission::Unasked => unasked.push(ask_for(&call.id)),
+                Permission::Pending => is_waiting = true,
+            }
         }
-        let answers = turn.answers();
-        if !answers.is_empty() {
-            return Next::Append(answers);
+        if !denied.is_empty() {
+            return Next::Append(self.steps_of(turn, denied));
         }
+        if !granted.is_empty() {
+            return Next::CallTools(turn.number, granted);
+        }
+        let mut owed = turn.missing(toolbox);
+        is_waiting |= !unasked.is_empty();
+        match is_waiting {
+            true => owed.extend(unasked),
+            false => owed.extend(turn.handoffs(toolbox)),
+        }
+        if !owed.is_empty() {
+            return Next::Append(self.steps_of(turn, owed));
+        }
+        if is_waiting {
+            return Next::Wait;
+        }
+        self.after_tools(turn, toolbox)
+    }
+
+    fn after_tools(&self, turn: &Turn, toolbox: &Toolbox) -> Next {
         if turn.was_handed_off() {
             return self.ask(turn.number + 1);
         }
-        match turn.output_of_tools().or_else(|| turn.calls.is_empty().then(|| turn.text())) {
-            Some(output) => Next::Succeed(output),
-            None => self.ask(turn.number + 1),
+        let candidate =
+            |text: String, is_from_tool| Next::Finish(Candidate { agent_id: turn.agent.id, text, is_from_tool });
+        if let Some(output) = turn.output_of_tools(toolbox) {
+            return candidate(output, true);
+        }
+        let text = turn.text();
+        let must_go_on = !turn.calls.is_empty()
+            // Hosted calls alone are no answer; nor is no text where a value is due.
+            || (turn.has_hosted_calls && text.is_none())
+            || (turn.agent.output.is_some() && text.is_none_or(str::is_empty));
+        if must_go_on {
+            return self.ask(turn.number + 1);
+        }
+        candidate(text.unwrap_or_default().to_owned(), false)
+    }
+
+    fn permission(&self, turn: &Turn, call: &Call, target: &Target) -> Permission {
+        if !target.needs_approval() {
+            return Permission::Granted;
+        }
+        let standing = || self.standing.get(&(turn.agent.id, call.name.clone()));
+        match self.decisions.get(&call.id).or_else(standing) {
+            Some(Decision { approved: true, .. }) => Permission::Granted,
+            Some(Decision { message, .. }) => {
+                Permission::Denied(message.clone().unwrap_or_else(|| texts::NOT_APPROVED.to_owned()))
+            }
+            None if self.asked.contains(&call.id) => Permission::Pending,
+            None => Permission::Unasked,
         }
     }
 
-    fn ask(&self, turn: u32) -> Next<'a> {
+    /// The calls that wait for a decision, in their order.
+    pub fn pending(&self) -> impl Iterator<Item = &str> {
+        let turn = self.turns.last().filter(|_| !self.ended);
+        turn.into_iter().flat_map(|turn| {
+            let undecided = |call: &&Call| {
+                self.asked.contains(&call.id)
+                    && !self.decisions.contains_key(&call.id)
+                    && !self.standing.contains_key(&(turn.agent.id, call.name.clone()))
+            };
+            turn.open_calls().filter(undecided).map(|call| call.id.as_str())
+        })
+    }
+
+    fn ask(&self, turn: u32) -> Next {
         if turn > self.max_turns {
-            return Next::Fail(RunErrorCode::MaxTurns, format!("Max turns ({}) exceeded", self.max_turns));
+            let message = format!("Max turns ({}) exceeded", self.max_turns);
+            return Next::Fail(RunError { code: RunErrorCode::MaxTurns, message });
         }
         Next::AskModel(turn)
     }
 
-    /// The last items of a run whose time is over: each open call is answered, so that the history has no orphan.
-    pub fn time_out(&self) -> Vec<Step> {
+    /// The last items of a run that is cut: each open call is answered, so that the history has no orphan.
+    pub fn cut(&self, error: RunError) -> Vec<Step> {
         let cut_off = self.turns.last().into_iter().flat_map(|turn| {
-            turn.open_calls().map(|call| turn.step(Body::output(&call.id, texts::cut_off(&call.name), true)))
+            let outputs = turn.open_calls().map(|call| Body::output(&call.id, texts::cut_off(&call.name), true));
+            self.steps_of(turn, outputs.collect())
         });
-        let failed = Body::failed(RunErrorCode::Timeout, "The run took longer than it may.");
-        cut_off.chain([self.step(failed)]).collect()
+        cut_off.chain([self.step(Body::failed(error.code, error.message))]).collect()
+    }
+
+    /// The last text that was said in the run.
+    pub fn last_words(&self) -> Option<String> {
+        self.turns.iter().rev().find_map(Turn::last_words)
     }
 
     /// An item outside a turn.
     pub fn step(&self, body: Body) -> Step {
-        Step { agent_name: self.agent.name.clone(), turn: None, scope: None, body }
+        Step { agent_name: self.agent.name.clone(), turn: None, scope: self.scope.clone(), body }
     }
 
-    /// A webhook's output, in the turn that called it.
-    pub fn tool_output(&self, turn: u32, call_id: &str, output: String, is_error: bool) -> Step {
-        Step {
-            agent_name: self.agent.name.clone(),
-            turn: Some(turn),
-            scope: None,
-            body: Body::output(call_id, output, is_error),
+    /// Items of the last turn.
+    pub fn steps_of_last(&self, bodies: Vec<Body>) -> Vec<Step> {
+        match self.turns.last() {
+            Some(turn) => self.steps_of(turn, bodies),
+            None => bodies.into_iter().map(|body| self.step(body)).collect(),
         }
     }
-}
 
-impl<'a> Turn<'a> {
-    /// The turn's items as the model is shown them: the response, the tools' outputs in call order, those of missing
-    /// tools, the ignored handoffs, the one that happened.
-    fn steps(&self) -> impl Iterator<Item = &Step> {
-        let mut outputs: Vec<(u8, usize, &Step)> = self
-            .calls
-            .iter()
-            .filter_map(|call| {
-                let output = self.outputs.get(&call.id)?;
-                let rank = match (&output.body, call.target) {
-                    (Body::Handoff { .. }, _) => 3,
-                    (_, Target::Tool(_)) => 0,
-                    (_, Target::Missing) => 1,
-                    (_, Target::Handoff(_)) => 2,
-                };
-                Some((rank, call.position, output))
-            })
-            .collect();
-        outputs.sort_by_key(|(rank, position, _)| (*rank, *position));
-        self.response.iter().chain(outputs.into_iter().map(|(_, _, output)| output))
-    }
-
-    /// Calls without an output.
-    fn open_calls(&self) -> impl Iterator<Item = &Call<'a>> {
-        self.calls.iter().filter(|call| !self.outputs.contains_key(&call.id))
-    }
-
-    /// The answers still owed to calls that no webhook answers. The first handoff happens, and stands last.
-    fn answers(&self) -> Vec<Step> {
-        let mut missing = Vec::new();
-        let mut ignored = Vec::new();
-        let mut happening = None;
-        let mut taken = self.was_handed_off();
-        for call in self.open_calls() {
-            match call.target {
-                Target::Tool(_) => {}
-                Target::Missing => missing.push(Body::output(&call.id, texts::not_found(&call.name), true)),
-                Target::Handoff(_) if taken => ignored.push(Body::output(&call.id, texts::HANDOFF_IGNORED, true)),
-                Target::Handoff(to) => {
-                    taken = true;
-                    happening = Some(Body::Handoff {
-                        call_id: call.id.clone(),
-                        output: texts::handoff(&to.name),
-                        to_agent_id: to.id,
-                        to_agent_name: to.name.clone(),
-                    });
-                }
-            }
-        }
-        missing.into_iter().chain(ignored).chain(happening).map(|body| self.step(body)).collect()
-    }
-
-    fn was_handed_off(&self) -> bool {
-        self.outputs.values().any(|output| matches!(output.body, Body::Handoff { .. }))
-    }
-
-    /// The output that ends the run by the agent's tool-use behaviour. Only real tools count.
-    fn output_of_tools(&self) -> Option<String> {
-        let stops = |call: &&Call<'_>| match self.agent.tool_use_behavior {
-            ToolUseBehavior::RunLlmAgain => false,
-            ToolUseBehavior::StopOnFirstTool => true,
-            ToolUseBehavior::StopAtTools => self.agent.stop_at_tools.contains(&call.name),
+    fn steps_of(&self, turn: &Turn, bodies: Vec<Body>) -> Vec<Step> {
+        let step = |body| Step {
+            agent_name: turn.agent.name.clone(),
+            turn: Some(turn.number),
+            scope: self.scope.clone(),
+            body,
         };
-        let call = self.calls.iter().filter(|call| call.is_tool()).find(stops)?;
-        match &self.outputs.get(&call.id)?.body {
-            Body::ToolOutput { output, .. } => Some(output.clone()),
-            _ => None,
-        }
-    }
-
-    /// The last message's text; empty if there is none.
-    fn text(&self) -> String {
-        let mut texts = self.response.iter().rev().filter_map(|step| match &step.body {
-            Body::Message { text, .. } => Some(text),
-            _ => None,
-        });
-        texts.next().cloned().unwrap_or_default()
-    }
-
-    fn step(&self, body: Body) -> Step {
-        Step { agent_name: self.agent.name.clone(), turn: Some(self.number), scope: None, body }
+        bodies.into_iter().map(step).collect()
     }
 }
 
-impl Call<'_> {
-    fn is_tool(&self) -> bool {
-        matches!(self.target, Target::Tool(_))
+impl Trip {
+    fn error(&self) -> RunError {
+        let Self { name, reason, .. } = self;
+        RunError { code: RunErrorCode::Guardrail, message: format!("The guardrail {name:?} tripped: {reason}") }
     }
 }
 
-/// The agent's handoffs with the agents they lead to, in the order they are offered.
-pub fn handoffs<'a>(spec: &'a RunSpec, agent: &'a AgentSpec) -> impl Iterator<Item = (&'a Handoff, &'a AgentSpec)> {
-    agent.handoffs.iter().filter_map(|handoff| Some((handoff, spec.agents.get(&handoff.agent_id)?)))
+fn ask_for(call_id: &str) -> Body {
+    Body::Approval { call_id: call_id.to_owned(), approved: None, always: false, message: None }
 }
 
 /// Whether a failure is that of the last response.
 fn is_of_response(code: RunErrorCode) -> bool {
-    matches!(code, RunErrorCode::ModelBehavior | RunErrorCode::ModelRefusal)
-}
-
-fn target<'a>(spec: &'a RunSpec, agent: &'a AgentSpec, name: &str) -> Target<'a> {
-    if let Some((_, to)) = handoffs(spec, agent).find(|(handoff, _)| handoff.tool_name == name) {
-        return Target::Handoff(to);
-    }
-    let tools = agent.tools.iter().filter_map(|tool| match tool {
-        Tool::Webhook(tool) => Some(tool),
-        _ => None,
-    });
-    tools.into_iter().find(|tool| tool.name == name).map_or(Target::Missing, Target::Tool)
+    matches!(code, RunErrorCode::ModelBehavior | RunErrorCode::ModelRefusal | RunErrorCode::Guardrail)
 }

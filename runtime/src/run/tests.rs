@@ -5,16 +5,19 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use chrono::DateTime;
+use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::*;
-use crate::item::{Role, RunError, TokenUsage};
-use crate::model::{Finish, ModelRequest, Part};
-use crate::spec::{AgentSpec, Handoff, ModelSettings, ToolUseBehavior, WebhookTool};
+use crate::item::{Role, RunError, RunStatus, TokenUsage};
+use crate::journal::Progress;
+use crate::model::{Finish, ModelCall, ModelError, ModelEvent, ModelRequest, ModelResponse, Part};
+use crate::spec::{AgentSpec, Handoff, HandoffFilter, Lease, ModelSettings, Tool, ToolUseBehavior, WebhookTool};
 use crate::webhook::AddressPolicy;
 
 type Script = Vec<Result<ModelEvent, ModelError>>;
@@ -91,7 +94,7 @@ impl Stage {
             fence: 1,
             time_left_ms: 60_000,
         };
-        stage.store(None, Body::Message { index: None, role: Role::User, text: "Hi".into() });
+        stage.store(None, Body::Message { index: None, role: Role::User, text: "Hi".into(), raw: None });
         stage
     }
 
@@ -108,7 +111,7 @@ impl Stage {
     fn store(&self, turn: Option<u32>, body: Body) {
         let mut items = self.journal.items.lock().unwrap();
         let sequence = items.len() as i64 + 1;
-        let step = Step { agent_name: "A".into(), turn, body };
+        let step = Step { agent_name: "A".into(), turn, scope: None, body };
         items.push(Item { sequence, created_at: DateTime::UNIX_EPOCH, step });
     }
 
@@ -116,7 +119,7 @@ impl Stage {
         Claim {
             lease: Lease { run_id: self.spec.run_id, fence: self.fence },
             spec: self.spec.clone(),
-            history: vec![InputItem::Assistant { text: "Earlier".into() }],
+            history: vec![InputItem::Assistant { text: "Earlier".into(), raw: None }],
             items: self.journal.items.lock().unwrap().clone(),
             time_left_ms: self.time_left_ms,
             webhook_secrets: vec![],
@@ -134,6 +137,7 @@ impl Stage {
             model: self.model.clone(),
             journal: self.journal.clone(),
             webhooks: WebhookClient::new(policy).unwrap(),
+            mcp: McpClient::new(AddressPolicy::default()).unwrap(),
         };
         let stop = self.stop.clone();
         // In a task, as workers do it.
@@ -155,7 +159,9 @@ impl Stage {
 
     fn end(&self) -> (RunStatus, Option<RunErrorCode>, Option<String>) {
         match self.bodies().pop() {
-            Some(Body::Status { status, error, output }) => (status, error.map(|RunError { code, .. }| code), output),
+            Some(Body::Status { status, error, output, .. }) => {
+                (status, error.map(|RunError { code, .. }| code), output)
+            }
             other => panic!("ends with {other:?}"),
         }
     }
@@ -201,6 +207,9 @@ fn agent(name: &str) -> AgentSpec {
         max_turns: 10,
         reset_tool_choice: true,
         max_tool_concurrency: 8,
+        fallback_models: vec![],
+        guardrails: vec![],
+        output: None,
     }
 }
 
@@ -216,13 +225,15 @@ fn with_handoffs(mut agent: AgentSpec, to: &[&str]) -> AgentSpec {
             agent_id: id_of(name),
             tool_name: Handoff::default_tool_name(name),
             tool_description: Handoff::default_tool_description(name, ""),
+            filter: HandoffFilter::None,
+            nest_history: false,
         })
         .collect();
     agent
 }
 
 fn with_tools(mut agent: AgentSpec, tools: Vec<WebhookTool>) -> AgentSpec {
-    agent.tools = tools;
+    agent.tools = tools.into_iter().map(Tool::Webhook).collect();
     agent
 }
 
@@ -234,19 +245,23 @@ fn tool(name: &str, url: &str) -> WebhookTool {
         url: url.into(),
         token: None,
         timeout_ms: 5_000,
+        needs_approval: false,
     }
 }
 
 fn text(text: &str) -> Part {
-    Part::Message { index: 1, text: text.into() }
+    Part::Message { index: 1, text: text.into(), raw: None }
 }
 
 fn call(index: u32, name: &str) -> Part {
-    Part::ToolCall { index, call_id: format!("{name}{index}"), name: name.into(), arguments: String::new() }
+    Part::ToolCall { index, call_id: format!("{name}{index}"), name: name.into(), arguments: String::new(), raw: None }
 }
 
 fn done(parts: Vec<Part>, finish: Finish) -> ModelEvent {
-    ModelEvent::Done { response: ModelResponse { parts, finish, usage: TokenUsage::default() }, journaled: false }
+    ModelEvent::Done {
+        response: ModelResponse { model: "m".into(), parts, finish, usage: TokenUsage::default() },
+        journaled: false,
+    }
 }
 
 /// Answers every POST with `output`, after `delay`, and remembers the idempotency keys.
@@ -295,19 +310,26 @@ async fn a_text_is_the_output() {
     assert_eq!(*stage.journal.progress.lock().unwrap(), progress);
     let request = stage.request(0);
     assert_eq!(request.instructions, "You are A.");
-    assert_eq!(request.input, [InputItem::Assistant { text: "Earlier".into() }, InputItem::User { text: "Hi".into() }]);
+    assert_eq!(
+        request.input,
+        [InputItem::Assistant { text: "Earlier".into(), raw: None }, InputItem::User { text: "Hi".into() }]
+    );
 }
 
 #[tokio::test]
 async fn what_the_gateway_stored_is_not_appended_again() {
     let stage = Stage::new(vec![agent("A")]);
-    let response = ModelResponse { parts: vec![text("X")], finish: Finish::Stop, usage: TokenUsage::default() };
+    let response =
+        ModelResponse { model: "m".into(), parts: vec![text("X")], finish: Finish::Stop, usage: TokenUsage::default() };
     let stage = stage.plays(vec![Ok(ModelEvent::Done { response, journaled: true })]);
     let claim = stage.claim();
     // The gateway's own append, which it makes before it says that it is done.
-    stage.store(Some(1), Body::Message { index: Some(1), role: Role::Assistant, text: "X".into() });
-    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default() });
-    stage.store(None, Body::Status { status: RunStatus::Succeeded, error: None, output: Some("X".into()) });
+    stage.store(Some(1), Body::Message { index: Some(1), role: Role::Assistant, text: "X".into(), raw: None });
+    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default(), failure: None });
+    stage.store(
+        None,
+        Body::Status { status: RunStatus::Succeeded, error: None, output: Some("X".into()), output_json: None },
+    );
     assert_eq!(stage.run_claim(claim).await, Outcome::Ended);
     assert!(stage.journal.appends.lock().unwrap().is_empty());
 }
@@ -348,10 +370,11 @@ async fn handoffs_are_offered_after_the_tools() {
     let root = with_tools(with_handoffs(agent("A"), &["Bö B"]), vec![tool("t", "http://127.0.0.1:1/")]);
     let stage = Stage::new(vec![root, agent("Bö B")]).responds(vec![text("X")]);
     stage.run().await;
-    let tools = stage.request(0).tools;
+    let request = stage.request(0);
+    let tools: Vec<_> = request.functions().collect();
     assert_eq!(
         tools.iter().map(|tool| (tool.name.as_str(), tool.strict)).collect::<Vec<_>>(),
-        [("t", false), ("transfer_to_b__b", true)]
+        [("t", true), ("transfer_to_b__b", true)]
     );
     assert_eq!(tools[1].description, "Handoff to the Bö B agent to handle the request. ");
     let schema = json!({ "additionalProperties": false, "type": "object", "properties": {}, "required": [] });
@@ -441,9 +464,20 @@ async fn open_calls_are_made_again_with_the_same_key() {
     for (index, call_id) in [(2, "c0"), (3, "c1")] {
         let (name, arguments) = ("t".to_owned(), String::new());
         let call_id = call_id.to_owned();
-        stage.store(Some(1), Body::ToolCall { index, call_id, name, arguments, arguments_hash: String::new() });
+        stage.store(
+            Some(1),
+            Body::ToolCall {
+                index,
+                call_id,
+                name,
+                arguments,
+                arguments_hash: String::new(),
+                is_hosted: false,
+                raw: None,
+            },
+        );
     }
-    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default() });
+    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default(), failure: None });
     stage.store(Some(1), Body::output("c0", "ok", false));
     stage.store(None, Body::status(RunStatus::Queued));
     stage.fence = 2;
@@ -458,8 +492,8 @@ async fn open_calls_are_made_again_with_the_same_key() {
 #[tokio::test]
 async fn a_response_that_was_not_acted_on_is() {
     let stage = Stage::new(vec![agent("A")]);
-    stage.store(Some(1), Body::Message { index: Some(1), role: Role::Assistant, text: "Done".into() });
-    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default() });
+    stage.store(Some(1), Body::Message { index: Some(1), role: Role::Assistant, text: "Done".into(), raw: None });
+    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default(), failure: None });
     assert_eq!(stage.run().await, Outcome::Ended);
     stage.assert_succeeded("Done");
     assert_eq!(stage.request_count(), 0);
@@ -546,8 +580,19 @@ async fn a_run_can_be_stopped() {
     let (url, _) = endpoint("ok", Duration::ZERO).await;
     let stage = Stage::new(vec![with_tools(agent("A"), vec![tool("t", &url)])]).responds(vec![text("X")]);
     let (call_id, name, arguments) = ("c".to_owned(), "t".to_owned(), String::new());
-    stage.store(Some(1), Body::ToolCall { index: 2, call_id, name, arguments, arguments_hash: String::new() });
-    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default() });
+    stage.store(
+        Some(1),
+        Body::ToolCall {
+            index: 2,
+            call_id,
+            name,
+            arguments,
+            arguments_hash: String::new(),
+            is_hosted: false,
+            raw: None,
+        },
+    );
+    stage.store(Some(1), Body::Usage { model: "m".into(), usage: TokenUsage::default(), failure: None });
     stage.stop.hand_back.cancel();
     assert_eq!(stage.run().await, Outcome::HandedBack);
     assert_eq!((stage.outputs().len(), stage.request_count()), (1, 0));

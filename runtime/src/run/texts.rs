@@ -8,6 +8,17 @@ pub const TOOL_FAILED: &str = "An error occurred while running the tool. Please 
 /// A handoff that came second.
 pub const HANDOFF_IGNORED: &str = "Multiple handoffs detected, ignoring this one.";
 
+/// A call that somebody did not approve, without saying why.
+pub const NOT_APPROVED: &str = "Tool execution was not approved.";
+
+/// In the history: an output that an output guardrail withheld.
+pub const WITHHELD: &str = "Output withheld by an output guardrail.";
+
+/// A tool guardrail tripped, and has no words of its own.
+pub fn rejected(guardrail: &str, reason: &str) -> String {
+    format!("Rejected by the guardrail '{guardrail}': {reason}")
+}
+
 /// A tool's time ran out.
 pub fn timed_out(tool: &str, timeout_ms: u32) -> String {
     format!("Tool '{tool}' timed out after {} seconds.", seconds(timeout_ms))

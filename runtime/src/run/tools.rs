@@ -1,155 +1,207 @@
-//! A response's webhook calls, side by side.
+//! A response's calls, side by side.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, stream};
-use serde_json::Value;
 use tokio_util::task::AbortOnDropHandle;
-use uuid::Uuid;
 
-use super::state::{Call, Target};
+use super::checks::{self, Tripped};
+use super::flow::{End, Place};
 use super::texts;
+use super::toolbox::{Target, Toolbox, Webhook, object};
+use super::turn::Call;
+use super::world::{Halt, World};
 use crate::ids::run_id;
-use crate::spec::WebhookTool;
-use crate::webhook::{WebhookCall, WebhookClient, WebhookError};
+use crate::mcp::McpError;
+use crate::spec::{AgentSpec, AgentTool, Guardrail, GuardrailStage, McpServer};
+use crate::webhook::{WebhookCall, WebhookError};
 
-/// What the webhook calls of a run share.
-#[derive(Clone)]
-pub struct Tools {
-    client: WebhookClient,
-    run_id: Uuid,
-    secrets: Arc<[String]>,
+/// Until a call of an MCP server's tool counts as timed out, in milliseconds.
+const MCP_TIMEOUT_MS: u32 = 30_000;
+
+/// What became of a call.
+#[derive(Debug)]
+pub enum Answer {
+    /// The model is told something.
+    Output {
+        /// The call it answers.
+        call_id: String,
+        /// The text.
+        output: String,
+        /// Whether the text is ours.
+        is_error: bool,
+        /// The guardrail in whose place the text stands.
+        trip: Option<Tripped>,
+    },
+    /// Its nested run waits for a decision.
+    Waits {
+        /// The call.
+        call_id: String,
+    },
+    /// A guardrail ends the run by it.
+    Trips {
+        /// The call.
+        call_id: String,
+        /// The guardrail.
+        trip: Tripped,
+    },
+    /// The run does not go on.
+    Halts(Halt),
 }
 
-/// What the model is told of a call.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Answer {
-    /// The call it answers.
-    pub call_id: String,
-    /// The text.
-    pub output: String,
-    /// Whether the text is ours.
-    pub is_error: bool,
-}
+/// An output, or what the model is told instead.
+type Told = Result<String, String>;
 
 /// A call with all it needs, apart from the run's state.
 struct Invocation {
-    call_id: String,
-    arguments: String,
+    world: Arc<World>,
+    place: Place,
+    agent: Arc<AgentSpec>,
     turn: u32,
-    position: usize,
-    tool: WebhookTool,
+    call: Call,
 }
 
-impl Tools {
-    /// The tools of one run; each of `secrets` signs.
-    pub fn new(client: WebhookClient, run_id: Uuid, secrets: Vec<String>) -> Self {
-        Self { client, run_id, secrets: secrets.into() }
-    }
+/// Makes calls of an agent, at most as many at a time as it allows, and yields what becomes of them as it comes, what
+/// came together in one batch. Dropping the stream cuts the calls that are under way.
+pub fn call_all(
+    world: &Arc<World>,
+    place: &Place,
+    agent: &Arc<AgentSpec>,
+    turn: u32,
+    calls: Vec<Call>,
+) -> impl Stream<Item = Vec<Answer>> + Send + use<> {
+    let at_once = usize::try_from(agent.max_tool_concurrency).unwrap_or(usize::MAX).max(1);
+    let invocations: Vec<Invocation> = calls
+        .into_iter()
+        .map(|call| Invocation { world: world.clone(), place: place.clone(), agent: agent.clone(), turn, call })
+        .collect();
+    stream::iter(invocations).map(Invocation::answer).buffer_unordered(at_once).ready_chunks(at_once)
+}
 
-    /// Makes the calls, at most `at_once` at a time, and yields the answers as they come, those that came together in
-    /// one batch. Dropping the stream cuts the calls that are under way.
-    pub fn call_all(
-        &self,
-        turn: u32,
-        calls: Vec<Call<'_>>,
-        at_once: u32,
-    ) -> impl Stream<Item = Vec<Answer>> + Send + use<> {
-        let at_once = usize::try_from(at_once).unwrap_or(usize::MAX).max(1);
-        let tools = self.clone();
-        let invocations: Vec<Invocation> = calls
-            .into_iter()
-            .filter_map(|call| match call.target {
-                Target::Tool(tool) => Some(Invocation {
-                    call_id: call.id,
-                    arguments: call.arguments,
-                    turn,
-                    position: call.position,
-                    tool: tool.clone(),
-                }),
-                Target::Handoff(_) | Target::Missing => None,
-            })
-            .collect();
-        stream::iter(invocations)
-            .map(move |invocation| tools.clone().answer(invocation))
-            .buffer_unordered(at_once)
-            .ready_chunks(at_once)
-    }
-
+impl Invocation {
     /// Calls in a task of its own, so that calls go on while answers are being stored, and one that panics is one that
     /// failed.
-    async fn answer(self, invocation: Invocation) -> Answer {
-        let call_id = invocation.call_id.clone();
-        let call = tokio::spawn(async move { self.invoke(&invocation).await });
-        let (output, is_error) = match AbortOnDropHandle::new(call).await {
-            Ok(Ok(output)) => (output, false),
-            Ok(Err(text)) => (text, true),
-            Err(_) => (texts::TOOL_FAILED.to_owned(), true),
-        };
-        Answer { call_id, output, is_error }
+    async fn answer(self) -> Answer {
+        let call_id = self.call.id.clone();
+        let call = tokio::spawn(self.guarded());
+        AbortOnDropHandle::new(call).await.unwrap_or_else(|_| failed(call_id))
     }
 
-    /// The answer, or what the model is told instead.
-    async fn invoke(&self, invocation: &Invocation) -> Result<String, String> {
-        let Invocation { arguments, turn, position, tool, .. } = invocation;
-        if !fits(&tool.parameters, arguments) {
+    /// The call between its guardrails: in order, the first that trips decides.
+    async fn guarded(self) -> Answer {
+        let arguments = if self.call.arguments.is_empty() { "{}" } else { &self.call.arguments };
+        if let Some(answer) = self.check(GuardrailStage::ToolInput, arguments).await {
+            return answer;
+        }
+        let told = match self.invoke().await {
+            Ok(Some(told)) => told,
+            Ok(None) => return Answer::Waits { call_id: self.call.id },
+            Err(halt) => return Answer::Halts(halt),
+        };
+        let (output, is_error) = match told {
+            Ok(output) => (output, false),
+            Err(text) => (text, true),
+        };
+        match self.check(GuardrailStage::ToolOutput, &output).await {
+            Some(answer) => answer,
+            None => Answer::Output { call_id: self.call.id, output, is_error, trip: None },
+        }
+    }
+
+    /// What a guardrail of the call makes of it, if one trips.
+    async fn check(&self, stage: GuardrailStage, text: &str) -> Option<Answer> {
+        let is_about = |guardrail: &&Guardrail| {
+            guardrail.stage == stage && guardrail.tool.as_ref().is_none_or(|tool| *tool == self.call.name)
+        };
+        let place = self.place.of_call(self.turn, &self.call);
+        for guardrail in self.agent.guardrails.iter().filter(is_about) {
+            let checked = checks::check(self.world.clone(), place.clone(), guardrail.clone(), text.to_owned()).await;
+            let trip = match checked {
+                Ok(None) => continue,
+                Ok(Some(trip)) => trip,
+                Err(halt) => return Some(Answer::Halts(halt)),
+            };
+            let call_id = self.call.id.clone();
+            if guardrail.ends_run {
+                return Some(Answer::Trips { call_id, trip });
+            }
+            let message = guardrail.message.clone();
+            let output = message.unwrap_or_else(|| texts::rejected(&guardrail.name, &trip.reason));
+            return Some(Answer::Output { call_id, output, is_error: true, trip: Some(trip) });
+        }
+        None
+    }
+
+    /// Makes the call. None if it waits for a decision.
+    async fn invoke(&self) -> Result<Option<Told>, Halt> {
+        let toolbox: Arc<Toolbox> = match self.world.toolbox(&self.agent).await {
+            Ok(toolbox) => toolbox,
+            Err(_) => return Ok(Some(Err(texts::TOOL_FAILED.to_owned()))),
+        };
+        match toolbox.target(&self.call.name) {
+            Target::Webhook(webhook) => Ok(Some(self.webhook(webhook).await)),
+            Target::Mcp(server) => Ok(Some(self.mcp(server).await)),
+            Target::Agent(tool) => self.agent(tool).await,
+            Target::Handoff(_) | Target::Missing => Ok(Some(Err(texts::not_found(&self.call.name)))),
+        }
+    }
+
+    async fn webhook(&self, webhook: &Webhook) -> Told {
+        let Self { world, place, turn, call, .. } = self;
+        let tool = &webhook.tool;
+        if !webhook.fits(&call.arguments) {
             return Err(texts::TOOL_FAILED.to_owned());
         }
-        let call = WebhookCall {
+        let request = WebhookCall {
             url: &tool.url,
             token: tool.token.as_deref(),
-            arguments,
+            arguments: &call.arguments,
             timeout: Duration::from_millis(tool.timeout_ms.into()),
-            run_id: self.run_id,
-            turn: *turn,
-            index: *position,
-            secrets: &self.secrets,
+            run_id: world.lease.run_id,
+            place: &format!("{}{turn}.{}", place.prefix, call.position),
+            secrets: &world.secrets,
         };
-        self.client.call(call).await.map_err(|error| {
-            tracing::debug!(run = %run_id(self.run_id), turn, index = position, %error, "a webhook call failed");
+        world.ports.webhooks.call(request).await.map_err(|error| {
+            let run = run_id(world.lease.run_id);
+            tracing::debug!(%run, turn, index = call.position, %error, "a webhook call failed");
             match error {
                 WebhookError::TimedOut => texts::timed_out(&tool.name, tool.timeout_ms),
                 _ => texts::TOOL_FAILED.to_owned(),
             }
         })
     }
-}
 
-/// Whether arguments are a JSON object that fits the tool's schema. Nothing fits a schema that does not compile, one
-/// that refers to other documents among them: those are never fetched.
-fn fits(schema: &Value, arguments: &str) -> bool {
-    let arguments = if arguments.is_empty() { "{}" } else { arguments };
-    match serde_json::from_str::<Value>(arguments) {
-        Ok(arguments) if arguments.is_object() => {
-            jsonschema::validator_for(schema).is_ok_and(|validator| validator.is_valid(&arguments))
-        }
-        _ => false,
+    async fn mcp(&self, server: &McpServer) -> Told {
+        let Self { world, turn, call, .. } = self;
+        let Some(arguments) = object(&call.arguments) else { return Err(texts::TOOL_FAILED.to_owned()) };
+        let timeout = Duration::from_millis(MCP_TIMEOUT_MS.into());
+        let output = world.ports.mcp.call(server, &call.name, arguments, timeout).await;
+        output.map(|output| output.text).map_err(|error| {
+            let run = run_id(world.lease.run_id);
+            tracing::debug!(%run, turn, index = call.position, %error, "a call of an MCP server's tool failed");
+            match error {
+                McpError::TimedOut { .. } => texts::timed_out(&call.name, MCP_TIMEOUT_MS),
+                _ => texts::TOOL_FAILED.to_owned(),
+            }
+        })
+    }
+
+    /// Another agent's final output, from a run of its own.
+    async fn agent(&self, tool: &AgentTool) -> Result<Option<Told>, Halt> {
+        let input =
+            object(&self.call.arguments).and_then(|arguments| Some(arguments.get("input")?.as_str()?.to_owned()));
+        let Some(input) = input else { return Ok(Some(Err(texts::TOOL_FAILED.to_owned()))) };
+        let place = self.place.of_call(self.turn, &self.call);
+        let end = checks::nested(&self.world, place, tool.agent_id, Some(tool.max_turns), input).await?;
+        Ok(match end {
+            Some(End::Output(text)) => Some(Ok(text)),
+            Some(End::Waits) => None,
+            Some(End::Failed(_)) | None => Some(Err(texts::TOOL_FAILED.to_owned())),
+        })
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn arguments_must_be_an_object_that_fits() {
-        let schema = json!({ "type": "object", "properties": { "city": { "type": "string" } }, "required": ["city"] });
-        assert!(fits(&schema, r#"{"city": "Rome"}"#));
-        for arguments in ["", "{}", r#"{"city": 1}"#, r#"{"city": "Rome""#, "[]", "null", "\"Rome\"", " "] {
-            assert!(!fits(&schema, arguments), "{arguments}");
-        }
-        assert!(fits(&json!({ "type": "object" }), ""));
-        assert!(fits(&json!({}), "{}"));
-        assert!(!fits(&json!({}), "[]"));
-    }
-
-    #[test]
-    fn nothing_fits_a_broken_schema() {
-        assert!(!fits(&json!({ "type": "nonsense" }), "{}"));
-        assert!(!fits(&json!({ "$ref": "https://example.com/schema.json" }), "{}"));
-        assert!(!fits(&json!({ "$ref": "file:///etc/hostname" }), "{}"));
-    }
+fn failed(call_id: String) -> Answer {
+    Answer::Output { call_id, output: texts::TOOL_FAILED.to_owned(), is_error: true, trip: None }
 }

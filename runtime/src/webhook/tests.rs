@@ -22,8 +22,7 @@ fn call<'a>(url: &'a str, arguments: &'a str, secrets: &'a [String]) -> WebhookC
         arguments,
         timeout: Duration::from_secs(5),
         run_id: Uuid::nil(),
-        turn: 2,
-        index: 1,
+        place: "2.1",
         secrets,
     }
 }

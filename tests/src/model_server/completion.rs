@@ -1,10 +1,11 @@
-//! From a scripted completion to the bytes OpenAI would send for it.
+//! From a scripted completion to the bytes OpenAI would send for it; here over Chat Completions.
 
 use axum::body::Bytes;
 use serde_json::{Value, json};
 
-use super::record::{RecordedRequest, Usage};
+use super::record::{Api, RecordedRequest, Usage};
 use super::reply::Completion;
+use super::responses;
 
 /// When every completion was made, in seconds since 1970.
 pub(super) const CREATED: u64 = 1_700_000_000;
@@ -40,20 +41,26 @@ pub(super) fn render(completion: &Completion, usage: Option<Usage>, request: &Re
     }
     usage.cached_tokens = completion.cached_tokens;
     usage.reasoning_tokens = completion.reasoning_tokens;
-    let frame = Frame { completion: &completion, request, usage };
-    if request.is_stream() {
-        let pieces = frame.stream();
-        Rendered { content_type: "text/event-stream; charset=utf-8", pieces, usage }
-    } else {
-        let pieces = Pieces { bytes: vec![frame.whole().to_string().into()], hold_at: 0 };
-        Rendered { content_type: "application/json", pieces, usage }
-    }
+    let completion = &completion;
+    let whole = |answer: Value| Pieces { bytes: vec![answer.to_string().into()], hold_at: 0 };
+    let pieces = match request.api {
+        Api::ChatCompletions => {
+            let frame = Frame { completion, request, usage };
+            if request.is_stream() { frame.stream() } else { whole(frame.whole()) }
+        }
+        Api::Responses => {
+            let frame = responses::Frame { completion, request, usage };
+            if request.is_stream() { frame.stream() } else { whole(frame.whole()) }
+        }
+    };
+    let content_type = if request.is_stream() { "text/event-stream; charset=utf-8" } else { "application/json" };
+    Rendered { content_type, pieces, usage }
 }
 
 fn usage_by_length(completion: &Completion, request: &RecordedRequest) -> Usage {
     let texts = [&completion.text, &completion.refusal, &completion.reasoning];
     let calls = completion.calls.iter().map(|call| tokens(&call.name) + tokens(&call.arguments));
-    let input = [&request.body["messages"], &request.body["tools"]];
+    let input = ["messages", "instructions", "input", "tools"].map(|name| &request.body[name]);
     Usage {
         prompt_tokens: input.into_iter().filter(|part| !part.is_null()).map(|part| tokens(&part.to_string())).sum(),
         completion_tokens: texts.into_iter().flatten().map(|text| tokens(text)).sum::<u64>() + calls.sum::<u64>(),
@@ -103,7 +110,8 @@ impl Frame<'_> {
         // The first delta only says whose turn it is.
         let hold_at = deltas.len().min(2);
         let mut events: Vec<Value> = deltas.into_iter().map(|delta| self.chunk(delta, Value::Null)).collect();
-        if let Some(message) = &self.completion.stream_error {
+        let failure = self.completion.failure.as_ref().map(|(_, message)| message);
+        if let Some(message) = self.completion.stream_error.as_ref().or(failure) {
             events.push(json!({"error": {"message": message, "type": "server_error", "param": null, "code": null}}));
             return Pieces { bytes: events.iter().map(|event| data(&event.to_string())).collect(), hold_at };
         }
@@ -202,10 +210,15 @@ impl Frame<'_> {
     }
 
     fn split(&self, text: &str) -> Vec<String> {
-        let size = self.completion.piece_chars.unwrap_or(CHARS_PER_TOKEN);
-        let chars: Vec<char> = text.chars().collect();
-        chars.chunks(size).map(|piece| piece.iter().collect()).collect()
+        split(self.completion, text)
     }
+}
+
+/// A text in the pieces it is streamed in.
+pub(super) fn split(completion: &Completion, text: &str) -> Vec<String> {
+    let size = completion.piece_chars.unwrap_or(CHARS_PER_TOKEN);
+    let chars: Vec<char> = text.chars().collect();
+    chars.chunks(size).map(|piece| piece.iter().collect()).collect()
 }
 
 fn data(payload: &str) -> Bytes {

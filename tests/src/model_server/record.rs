@@ -10,11 +10,13 @@ use tokio::sync::watch;
 
 use crate::PATIENCE;
 
-/// A chat request as it came.
+/// A model request as it came.
 #[derive(Clone, Debug)]
 pub struct RecordedRequest {
-    /// Its place among all chat requests, from 1.
+    /// Its place among all model requests, from 1.
     pub number: u64,
+    /// The API it came over.
+    pub api: Api,
     /// The HTTP headers.
     pub headers: HeaderMap,
     /// The JSON body; null if it was none.
@@ -23,6 +25,16 @@ pub struct RecordedRequest {
     pub charged: Option<Usage>,
     /// How it ended, if it has.
     pub ending: Ending,
+}
+
+/// The two APIs a model can be asked over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Api {
+    /// `POST /v1/chat/completions`
+    ChatCompletions,
+    /// `POST /v1/responses`
+    Responses,
 }
 
 /// How a request ended.
@@ -83,24 +95,37 @@ impl RecordedRequest {
         self.body["model"].as_str().unwrap_or_default()
     }
 
-    /// The messages, oldest first.
+    /// The messages of a chat request, oldest first.
     pub fn messages(&self) -> &[Value] {
         self.body["messages"].as_array().map_or(&[], Vec::as_slice)
     }
 
-    /// The tools on offer, by name.
+    /// The input items of a request over the Responses API, oldest first; none if its input is a string.
+    pub fn input(&self) -> &[Value] {
+        self.body["input"].as_array().map_or(&[], Vec::as_slice)
+    }
+
+    /// The functions on offer, by name.
     pub fn tool_names(&self) -> Vec<&str> {
         let tools = self.body["tools"].as_array().map_or(&[][..], Vec::as_slice);
-        tools.iter().filter_map(|tool| tool["function"]["name"].as_str()).collect()
+        let functions = tools.iter().map(|tool| match self.api {
+            Api::ChatCompletions => &tool["function"],
+            Api::Responses => tool,
+        });
+        functions.filter_map(|function| function["name"].as_str()).collect()
     }
 
     /// The text of the user's last message.
     pub fn last_user_text(&self) -> String {
-        let message = self.messages().iter().rfind(|message| message["role"] == "user");
+        let messages = match self.api {
+            Api::ChatCompletions => self.messages(),
+            Api::Responses => self.input(),
+        };
+        let message = messages.iter().rfind(|message| message["role"] == "user");
         match message.map(|message| &message["content"]) {
             Some(Value::String(text)) => text.clone(),
             Some(Value::Array(parts)) => parts.iter().filter_map(|part| part["text"].as_str()).collect(),
-            _ => String::new(),
+            _ => self.body["input"].as_str().unwrap_or_default().to_owned(),
         }
     }
 
@@ -114,9 +139,9 @@ impl RecordedRequest {
         self.body["stream_options"]["include_usage"] == true
     }
 
-    /// The most output tokens asked for, under its present name or its old one.
+    /// The most output tokens asked for, under any of the names it has.
     pub fn max_tokens(&self) -> Option<u64> {
-        self.body["max_completion_tokens"].as_u64().or_else(|| self.body["max_tokens"].as_u64())
+        ["max_output_tokens", "max_completion_tokens", "max_tokens"].iter().find_map(|name| self.body[*name].as_u64())
     }
 }
 
@@ -142,11 +167,11 @@ impl Default for Book {
 
 impl Book {
     /// Writes down a request. Dropping its ticket says that the client went away.
-    pub(super) fn open(self: &Arc<Self>, headers: HeaderMap, body: Value) -> (RecordedRequest, Ticket) {
+    pub(super) fn open(self: &Arc<Self>, api: Api, headers: HeaderMap, body: Value) -> (RecordedRequest, Ticket) {
         let mut pages = self.pages();
         pages.last_number += 1;
         let number = pages.last_number;
-        let request = RecordedRequest { number, headers, body, charged: None, ending: Ending::Open };
+        let request = RecordedRequest { number, api, headers, body, charged: None, ending: Ending::Open };
         pages.requests.insert(number, request.clone());
         if pages.requests.len() > pages.keep {
             pages.requests.pop_first();

@@ -5,11 +5,11 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::record::Usage;
 
-/// The answer to one chat request. Begin with one of the functions that take no `self`.
+/// The answer to one model request, over whichever API it came. Begin with one of the functions that take no `self`.
 ///
 /// Where nothing else is said, it is what OpenAI would send: streamed in pieces of one token if the
 /// request asks for a stream, with usage if it asks for that. A token is four characters here.
@@ -40,10 +40,14 @@ pub(super) struct Completion {
     pub(super) text: Option<String>,
     pub(super) refusal: Option<String>,
     pub(super) reasoning: Option<String>,
+    pub(super) encrypted_reasoning: Option<String>,
+    pub(super) hosted_calls: Vec<HostedCall>,
     pub(super) calls: Vec<Call>,
     pub(super) finish_reason: Option<String>,
     pub(super) piece_chars: Option<usize>,
     pub(super) stream_error: Option<String>,
+    /// Code and message.
+    pub(super) failure: Option<(String, String)>,
     pub(super) cached_tokens: u64,
     pub(super) reasoning_tokens: u64,
     pub(super) honours_max_tokens: bool,
@@ -58,6 +62,13 @@ pub(super) struct Call {
     pub(super) id: Option<String>,
     pub(super) name: String,
     pub(super) arguments: String,
+}
+
+/// A call of a tool that OpenAI runs itself.
+#[derive(Clone, Debug)]
+pub(super) struct HostedCall {
+    pub(super) kind: String,
+    pub(super) fields: Map<String, Value>,
 }
 
 impl Reply {
@@ -79,6 +90,23 @@ impl Reply {
     /// A message that refuses.
     pub fn refusal(text: impl Into<String>) -> Reply {
         Reply::completion(Completion { refusal: Some(text.into()), ..Completion::default() })
+    }
+
+    /// A call of a tool that OpenAI ran itself, such as `web_search_call`, with what else its item says. Chat
+    /// Completions has no such thing: there it is left out.
+    pub fn hosted_call(kind: &str, fields: Value) -> Reply {
+        Reply::completion(Completion::default()).and_hosted_call(kind, fields)
+    }
+
+    /// An answer that is its text so far and no more, for this `reason`: `max_output_tokens` or `content_filter`. Over
+    /// Chat Completions it is the finish reason `length` or `content_filter`.
+    pub fn incomplete(text: impl Into<String>, reason: &str) -> Reply {
+        Reply::text(text).finish_reason(if reason == "content_filter" { reason } else { "length" })
+    }
+
+    /// An answer that failed before it said anything: `response.failed`, or an error in a Chat Completions stream.
+    pub fn failed(code: &str, message: &str) -> Reply {
+        Reply::completion(Completion { failure: Some((code.to_owned(), message.to_owned())), ..Completion::default() })
     }
 
     /// An error with this HTTP status, its body in OpenAI's shape with what goes with the status.
@@ -119,7 +147,33 @@ impl Reply {
         self
     }
 
-    /// `reasoning_content` before the message, as DeepSeek and vLLM send it.
+    /// Text beside calls.
+    pub fn and_text(mut self, text: impl Into<String>) -> Reply {
+        self.completion_mut().text = Some(text.into());
+        self
+    }
+
+    /// A refusal beside text or calls.
+    pub fn and_refusal(mut self, text: impl Into<String>) -> Reply {
+        self.completion_mut().refusal = Some(text.into());
+        self
+    }
+
+    /// One more call of a tool that OpenAI ran itself, see [`Reply::hosted_call`].
+    pub fn and_hosted_call(mut self, kind: &str, fields: Value) -> Reply {
+        let Value::Object(fields) = fields else { panic!("the fields of an item are an object, not {fields}") };
+        self.completion_mut().hosted_calls.push(HostedCall { kind: kind.to_owned(), fields });
+        self
+    }
+
+    /// The `encrypted_content` of the reasoning, which comes before the message. Chat Completions has none.
+    pub fn encrypted_reasoning(mut self, content: impl Into<String>) -> Reply {
+        self.completion_mut().encrypted_reasoning = Some(content.into());
+        self
+    }
+
+    /// Reasoning before the message: over Chat Completions `reasoning_content`, as DeepSeek and vLLM send it; over the
+    /// Responses API a summary.
     pub fn reasoning(mut self, text: impl Into<String>) -> Reply {
         self.completion_mut().reasoning = Some(text.into());
         self
@@ -156,19 +210,20 @@ impl Reply {
         self
     }
 
-    /// Another finish reason than the answer's own.
+    /// Another finish reason than the answer's own. Over the Responses API, `length` and `content_filter` are an
+    /// incomplete response.
     pub fn finish_reason(mut self, reason: &str) -> Reply {
         self.completion_mut().finish_reason = Some(reason.to_owned());
         self
     }
 
-    /// A stream that ends in order, but never says why the model stopped.
+    /// A stream that ends in order, but never says why the model stopped; over the Responses API without its last event.
     pub fn without_finish_reason(mut self) -> Reply {
         self.completion_mut().omits_finish_reason = true;
         self
     }
 
-    /// A stream that ends in order, but without `[DONE]`.
+    /// A stream that ends in order, but without `[DONE]`, which the Responses API never has.
     pub fn without_done(mut self) -> Reply {
         self.completion_mut().omits_done = true;
         self

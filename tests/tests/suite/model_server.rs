@@ -1,7 +1,7 @@
 //! The scripted model server speaks the real API: the official `openai` client is the judge.
 
 use cloister_tests::client::http;
-use cloister_tests::model_server::{Ending, Usage};
+use cloister_tests::model_server::{Api, Ending, Usage};
 use cloister_tests::{ModelServer, Reply, node};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
@@ -268,4 +268,153 @@ async fn a_stream_may_end_in_any_wrong_way() {
     assert!(text().await.contains("Größ"));
     assert_eq!(model.served().requests, 4);
     assert_eq!(model.unused(), 0);
+}
+
+/// What the client prints of one call of the Responses API, and the last response it made of it.
+async fn responses(model: &ModelServer, call: &str, body: Value) -> (Vec<Value>, Value) {
+    let lines = openai(model, call, body).await;
+    let last = lines.iter().rev().find_map(|line| line.get("final").or(line.get("response"))).cloned();
+    let last = last.unwrap_or_else(|| panic!("no response in {lines:?}"));
+    (lines, last)
+}
+
+fn input(text: &str) -> Value {
+    json!({"model": "scripted-1", "input": [{"role": "user", "content": text}]})
+}
+
+/// The output as the client gives it back, without what it adds to it.
+fn output(response: &Value) -> Value {
+    let mut output = response["output"].clone();
+    for item in output.as_array_mut().unwrap() {
+        item.as_object_mut().unwrap().remove("parsed_arguments");
+        for part in item.get_mut("content").and_then(Value::as_array_mut).into_iter().flatten() {
+            part.as_object_mut().unwrap().remove("parsed");
+        }
+    }
+    output
+}
+
+#[tokio::test]
+async fn openai_client_streams_responses() {
+    let model = ModelServer::start().await;
+    let reply = || {
+        Reply::text("Grüße aus Köln")
+            .reasoning("Let me see.")
+            .encrypted_reasoning("gAAAA")
+            .and_hosted_call("web_search_call", json!({"action": {"type": "search", "query": "Köln"}}))
+            .and_tool_call("weather", json!({"city": "Köln"}))
+            .call_id("call_a")
+            .usage(10, 5)
+            .cached(4)
+            .reasoning_tokens(2)
+    };
+    model.script([reply(), reply()]);
+    let mut body = input("hi");
+    let parameters = json!({"type": "object", "properties": {"city": {"type": "string"}}});
+    body["tools"] = json!([{"type": "function", "name": "weather", "parameters": parameters, "strict": false}]);
+    let (lines, streamed) = responses(&model, "responseStream", body.clone()).await;
+    let (_, whole) = responses(&model, "response", body).await;
+
+    let joined = |kind: &str| -> String {
+        let events = lines.iter().map(|line| &line["event"]).filter(|event| event["type"] == kind);
+        events.filter_map(|event| event["delta"].as_str()).collect()
+    };
+    assert_eq!(joined("response.output_text.delta"), "Grüße aus Köln");
+    assert_eq!(joined("response.reasoning_summary_text.delta"), "Let me see.");
+    assert_eq!(joined("response.function_call_arguments.delta"), r#"{"city":"Köln"}"#);
+    for (number, response) in [(1, &streamed), (2, &whole)] {
+        let id = |prefix: &str| format!("{prefix}_{number:08}");
+        let text = json!({"type": "output_text", "annotations": [], "logprobs": [], "text": "Grüße aus Köln"});
+        let expected = json!([
+            {"id": id("rs"), "type": "reasoning", "summary": [{"type": "summary_text", "text": "Let me see."}],
+             "encrypted_content": "gAAAA"},
+            {"id": id("ws_0"), "type": "web_search_call", "status": "completed",
+             "action": {"type": "search", "query": "Köln"}},
+            {"id": id("msg"), "type": "message", "status": "completed", "role": "assistant", "content": [text]},
+            {"id": id("fc_0"), "type": "function_call", "status": "completed", "call_id": "call_a", "name": "weather",
+             "arguments": r#"{"city":"Köln"}"#},
+        ]);
+        assert_eq!(output(response), expected);
+        assert_eq!(response["status"], "completed");
+        let usage = json!({
+            "input_tokens": 10, "input_tokens_details": {"cached_tokens": 4},
+            "output_tokens": 5, "output_tokens_details": {"reasoning_tokens": 2}, "total_tokens": 15,
+        });
+        assert_eq!(response["usage"], usage);
+    }
+    let requests = model.requests();
+    assert_eq!(requests.iter().map(|request| request.api).collect::<Vec<_>>(), [Api::Responses; 2]);
+    assert_eq!((requests[0].last_user_text().as_str(), requests[0].tool_names()), ("hi", vec!["weather"]));
+}
+
+#[tokio::test]
+async fn responses_can_refuse_stay_incomplete_and_fail() {
+    let model = ModelServer::start().await;
+    model.script([
+        Reply::refusal("I won't."),
+        Reply::incomplete("Half", "max_output_tokens"),
+        Reply::incomplete("Ha", "content_filter"),
+        Reply::failed("rate_limit_exceeded", "Too much."),
+        Reply::text("Half").fail_in_stream("overloaded"),
+    ]);
+    let (_, refused) = responses(&model, "response", input("1")).await;
+    let content = json!([{"type": "refusal", "refusal": "I won't."}]);
+    assert_eq!((&refused["status"], &refused["output"][0]["content"]), (&json!("completed"), &content));
+    let (lines, cut) = responses(&model, "responseStream", input("2")).await;
+    assert_eq!(cut["incomplete_details"], json!({"reason": "max_output_tokens"}));
+    let last_event = |lines: &[Value]| lines.iter().rev().find_map(|line| line.get("event")).unwrap()["type"].clone();
+    assert_eq!(last_event(&lines), "response.incomplete");
+    let (_, withheld) = responses(&model, "response", input("3")).await;
+    assert_eq!(withheld["incomplete_details"], json!({"reason": "content_filter"}));
+    assert_eq!(withheld["output"][0]["status"], "incomplete");
+    let (_, failed) = responses(&model, "response", input("4")).await;
+    assert_eq!(failed["error"], json!({"code": "rate_limit_exceeded", "message": "Too much."}));
+    let lines = openai(&model, "responseStream", input("5")).await;
+    assert!(lines.last().unwrap()["error"]["message"].as_str().unwrap().contains("overloaded"), "{lines:?}");
+}
+
+#[tokio::test]
+async fn requests_that_the_responses_api_refuses_are_refused() {
+    let model = ModelServer::start().await;
+    model.always(|_| Reply::text("taken"));
+    let user = json!({"role": "user", "content": "hi"});
+    let call = json!({"type": "function_call", "id": "fc_1", "call_id": "a", "name": "f", "arguments": "{}"});
+    let output = json!({"type": "function_call_output", "call_id": "a", "output": "1"});
+    let reasoning = json!({"type": "reasoning", "id": "rs_1", "summary": []});
+    let with = |field: &str, value: Value| {
+        let mut item = call.clone();
+        item[field] = value;
+        item
+    };
+    let status = async |body: Value| {
+        let url = format!("{}/responses", model.url());
+        http().post(url).bearer_auth("sk-test").json(&body).send().await.unwrap().status().as_u16()
+    };
+    let items = async |items: Value| status(json!({"model": "m", "input": items})).await;
+    assert_eq!(items(json!([user, reasoning, call, output])).await, 200);
+    for refused in [
+        json!([]),
+        json!([user, call]),
+        json!([user, output]),
+        json!([user, reasoning, user]),
+        json!([user, with("id", json!("__fake_id__")), output]),
+        json!([user, with("provider_data", json!({})), output]),
+        json!([{"role": "tool", "content": "x"}]),
+        json!([{"type": "telepathy", "id": "x"}]),
+    ] {
+        assert_eq!(items(refused.clone()).await, 400, "{refused}");
+    }
+    let open = json!({"type": "object", "properties": {"x": {"type": "string"}}});
+    for (name, value) in [
+        ("messages", json!([user])),
+        ("tool_choice", json!("required")),
+        ("tool_choice", json!({"type": "function", "name": "f"})),
+        ("tools", json!([{"type": "function", "function": {"name": "f"}}])),
+        ("tools", json!([{"type": "function", "name": "f", "parameters": open, "strict": true}])),
+        ("text", json!({"format": {"type": "json_schema", "name": "x", "schema": open, "strict": true}})),
+    ] {
+        let mut body = input("hi");
+        body[name] = value;
+        assert_eq!(status(body.clone()).await, 400, "{body}");
+    }
 }

@@ -82,6 +82,7 @@ fn request() -> ModelRequest {
         instructions: String::new(),
         input: vec![InputItem::User { text: "hi".to_owned() }],
         tools: Vec::new(),
+        output: None,
         temperature: None,
         top_p: None,
         max_output_tokens: None,
@@ -116,7 +117,7 @@ async fn refusal(response: &str) -> SendError {
 }
 
 fn text(text: &str) -> AnswerEvent {
-    AnswerEvent::Text { index: 1, text: text.to_owned(), raw: None }
+    AnswerEvent::Text { index: 1, text: text.to_owned() }
 }
 
 fn message(text: &str) -> Vec<Part> {

@@ -1,0 +1,136 @@
+//! An agent's guardrails at work.
+
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use uuid::Uuid;
+
+use super::flow::{End, Flow, Place};
+use super::guardrails::{Verdict, judge, read_verdict};
+use super::state::State;
+use super::world::{Halt, World};
+use crate::item::{Body, InputItem, RunError, RunErrorCode};
+use crate::spec::{AgentSpec, Guardrail, GuardrailStage};
+
+/// A guardrail that tripped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tripped {
+    /// Its name.
+    pub name: String,
+    /// What it looked at.
+    pub stage: GuardrailStage,
+    /// Why; never the text that it looked at.
+    pub reason: String,
+}
+
+impl Tripped {
+    /// How a run fails by it.
+    pub fn error(&self) -> RunError {
+        let Self { name, reason, .. } = self;
+        RunError { code: RunErrorCode::Guardrail, message: format!("The guardrail {name:?} tripped: {reason}") }
+    }
+
+    /// As an item; with the call that it was about.
+    pub fn into_body(self, call_id: Option<String>) -> Body {
+        Body::Guardrail { name: self.name, stage: self.stage, reason: self.reason, call_id }
+    }
+}
+
+/// What guardrails came to: the one that tripped, if any.
+pub type Checked = Result<Option<Tripped>, Halt>;
+
+/// Runs an agent's guardrails of a stage side by side; the first one that trips decides, and the others are dropped.
+/// `parallel` chooses among those of the input.
+pub fn together(
+    world: &Arc<World>,
+    place: &Place,
+    agent: &Arc<AgentSpec>,
+    stage: GuardrailStage,
+    parallel: Option<bool>,
+    text: &str,
+) -> BoxFuture<'static, Checked> {
+    let chosen = agent
+        .guardrails
+        .iter()
+        .filter(|guardrail| guardrail.stage == stage && parallel.is_none_or(|parallel| guardrail.parallel == parallel));
+    let mut running: FuturesUnordered<_> =
+        chosen.map(|guardrail| check(world.clone(), place.clone(), guardrail.clone(), text.to_owned())).collect();
+    async move {
+        while let Some(checked) = running.next().await {
+            if let Some(tripped) = checked? {
+                return Ok(Some(tripped));
+            }
+        }
+        Ok(None)
+    }
+    .boxed()
+}
+
+/// Runs one guardrail.
+pub fn check(world: Arc<World>, place: Place, guardrail: Guardrail, text: String) -> BoxFuture<'static, Checked> {
+    async move {
+        let reason = match judge(&guardrail.rule, &text) {
+            Verdict::Passes => None,
+            Verdict::Trips { reason } => Some(reason),
+            Verdict::Asks { agent_id } => {
+                let place = place.of_guardrail(stage_name(guardrail.stage), &guardrail.name);
+                ask(world, place, agent_id, text).await?
+            }
+        };
+        Ok(reason.map(|reason| Tripped { name: guardrail.name, stage: guardrail.stage, reason }))
+    }
+    .boxed()
+}
+
+/// Why an agent trips; none if it doesn't. One that comes to no verdict trips.
+async fn ask(world: Arc<World>, place: Place, agent_id: Uuid, text: String) -> Result<Option<String>, Halt> {
+    match nested(&world, place, agent_id, None, text).await? {
+        Some(End::Output(verdict)) => match read_verdict(&verdict) {
+            Ok(tripped) => Ok(tripped),
+            Err(problem) => Ok(Some(format!("Its agent came to no verdict: {problem}"))),
+        },
+        Some(End::Failed(error)) => Ok(Some(format!("Its agent came to no verdict: {}", error.message))),
+        Some(End::Waits) => Ok(Some("Its agent waits for an approval, which no guardrail may.".to_owned())),
+        None => Ok(Some("It lies too deep in nested runs.".to_owned())),
+    }
+}
+
+/// Runs an agent in a run of its own inside this one, from where it stands. None where that lies too deep.
+///
+/// # Errors
+/// The whole run does not go on.
+pub async fn nested(
+    world: &Arc<World>,
+    place: Place,
+    agent_id: Uuid,
+    max_turns: Option<u32>,
+    input: String,
+) -> Result<Option<End>, Halt> {
+    if place.is_too_deep() {
+        return Ok(None);
+    }
+    let before = vec![InputItem::User { text: input }];
+    let state = State::new(world.agents.clone(), agent_id, place.scope.clone(), max_turns, before);
+    let Some(mut state) = state else {
+        let message = "An agent of the run is not part of it.".to_owned();
+        return Err(Halt::Fails(RunError { code: RunErrorCode::Internal, message }));
+    };
+    for step in world.stored(place.scope.as_deref().unwrap_or_default()) {
+        state.fold(step);
+    }
+    let mut flow = Flow::new(world.clone(), place, state);
+    // Boxed: a nested run may nest further.
+    let driven: BoxFuture<'_, Result<End, Halt>> = flow.drive().boxed();
+    driven.await.map(Some)
+}
+
+fn stage_name(stage: GuardrailStage) -> &'static str {
+    match stage {
+        GuardrailStage::Input => "input",
+        GuardrailStage::Output => "output",
+        GuardrailStage::ToolInput => "tool_input",
+        GuardrailStage::ToolOutput => "tool_output",
+    }
+}

@@ -1,0 +1,195 @@
+//! What the flows of one run share: its agents, its journal, what it reaches of the world, and how long it may take.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::state::Agents;
+use super::toolbox::Toolbox;
+use super::{Outcome, Ports};
+use crate::item::{Body, RunError, Step};
+use crate::journal::{JournalError, Progress};
+use crate::spec::{AgentSpec, Lease, Tool};
+
+/// How long an append is tried again while the journal can't be reached: less than a lease lasts (30 s), after which
+/// the run is another worker's.
+const JOURNAL_PATIENCE: Duration = Duration::from_secs(20);
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(3);
+
+/// What the flows of a run share.
+pub struct World {
+    /// The right to write the run's journal.
+    pub lease: Lease,
+    /// The run's agents.
+    pub agents: Arc<Agents>,
+    /// What the run reaches.
+    pub ports: Ports,
+    /// Standard-Webhooks secrets; each one signs.
+    pub secrets: Vec<String>,
+    /// Cancelled when the run is to be handed back after the turn in progress.
+    pub hand_back: CancellationToken,
+    /// When the run's time is over.
+    pub deadline: Instant,
+    /// Items of the journal that flows have taken in. What a flow appends stands behind them.
+    seen: AtomicI64,
+    used_call_ids: Mutex<HashSet<String>>,
+    /// Items of nested runs that were stored before this claim.
+    nested: Mutex<HashMap<String, Vec<Step>>>,
+    toolboxes: tokio::sync::Mutex<HashMap<Uuid, Arc<Toolbox>>>,
+}
+
+/// Why a flow does not go on.
+#[derive(Clone, Debug)]
+pub enum Halt {
+    /// The worker is done with the run.
+    With(Outcome),
+    /// The tokens of the month are used up.
+    QuotaExhausted,
+    /// The whole run fails, from whatever depth.
+    Fails(RunError),
+    /// The run's time is over.
+    TimeOver,
+}
+
+impl From<JournalError> for Halt {
+    fn from(error: JournalError) -> Self {
+        Halt::With(error.into())
+    }
+}
+
+impl World {
+    /// A world in which `stored` is in the journal. The items of nested runs are kept for when they go on; the others
+    /// are returned.
+    pub fn new(
+        lease: Lease,
+        agents: Arc<Agents>,
+        ports: Ports,
+        secrets: Vec<String>,
+        hand_back: CancellationToken,
+        deadline: Instant,
+        stored: Vec<Step>,
+    ) -> (Self, Vec<Step>) {
+        let seen = AtomicI64::new(i64::try_from(stored.len()).unwrap_or(i64::MAX));
+        let used_call_ids = stored.iter().filter_map(called).collect();
+        let mut nested: HashMap<String, Vec<Step>> = HashMap::new();
+        let mut own = Vec::new();
+        for step in stored {
+            match &step.scope {
+                Some(scope) => nested.entry(scope.clone()).or_default().push(step),
+                None => own.push(step),
+            }
+        }
+        let world = Self {
+            lease,
+            agents,
+            ports,
+            secrets,
+            hand_back,
+            deadline,
+            seen,
+            used_call_ids: Mutex::new(used_call_ids),
+            nested: Mutex::new(nested),
+            toolboxes: tokio::sync::Mutex::default(),
+        };
+        (world, own)
+    }
+
+    /// The earliest sequence that an item appended now can have.
+    pub fn next_sequence(&self) -> i64 {
+        self.seen.load(Ordering::SeqCst) + 1
+    }
+
+    /// Call ids that the run has used, in whatever scope.
+    pub fn used_call_ids(&self) -> HashSet<String> {
+        locked(&self.used_call_ids).clone()
+    }
+
+    /// Notes that an item is stored.
+    pub fn see(&self, step: &Step) {
+        self.seen.fetch_add(1, Ordering::SeqCst);
+        locked(&self.used_call_ids).extend(called(step));
+    }
+
+    /// The items of a nested run that were stored before this claim.
+    pub fn stored(&self, scope: &str) -> Vec<Step> {
+        locked(&self.nested).get(scope).cloned().unwrap_or_default()
+    }
+
+    /// Stores items, again and again while the journal can't be reached.
+    ///
+    /// # Errors
+    /// The lease is lost, or the journal could not be reached for too long.
+    pub async fn append(&self, steps: &[Step]) -> Result<(), JournalError> {
+        let give_up = Instant::now() + JOURNAL_PATIENCE;
+        let mut pause = FIRST_PAUSE;
+        // The same for each attempt: a repetition is known by it.
+        let from_sequence = self.next_sequence();
+        loop {
+            match self.ports.journal.append(self.lease, from_sequence, steps.to_vec()).await {
+                Err(JournalError::Unavailable(reason)) if Instant::now() + pause < give_up => {
+                    tracing::warn!(%reason, "the journal can't be reached; trying again");
+                    sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+                settled => return settled,
+            }
+        }
+    }
+
+    /// Tells subscribers of progress.
+    pub async fn progress(&self, progress: Progress) {
+        self.ports.journal.progress(self.lease, progress).await;
+    }
+
+    /// What an agent has to call, the same for the whole claim.
+    ///
+    /// # Errors
+    /// A server could not be asked for its tools, or two tools have one name; for people.
+    pub async fn toolbox(&self, agent: &AgentSpec) -> Result<Arc<Toolbox>, String> {
+        let mut toolboxes = self.toolboxes.lock().await;
+        if let Some(toolbox) = toolboxes.get(&agent.id) {
+            return Ok(toolbox.clone());
+        }
+        let mut listed = Vec::new();
+        for tool in &agent.tools {
+            if let Tool::Mcp(server) = tool {
+                let tools = self.ports.mcp.list(server).await.map_err(|error| error.to_string())?;
+                listed.push((Arc::new(server.clone()), tools));
+            }
+        }
+        let toolbox = Arc::new(Toolbox::new(agent, &self.agents, listed)?);
+        toolboxes.insert(agent.id, toolbox.clone());
+        Ok(toolbox)
+    }
+
+    /// Waits no longer than the run may take. Appends are never waited for this way: one that is cut may or may not
+    /// have been stored.
+    ///
+    /// # Errors
+    /// The time is over.
+    pub async fn in_time<T>(&self, work: impl Future<Output = T>) -> Result<T, Halt> {
+        tokio::select! {
+            biased;
+            () = sleep_until(self.deadline) => Err(Halt::TimeOver),
+            done = work => Ok(done),
+        }
+    }
+}
+
+fn called(step: &Step) -> Option<String> {
+    match &step.body {
+        Body::ToolCall { call_id, .. } => Some(call_id.clone()),
+        _ => None,
+    }
+}
+
+/// A panic in between leaves nothing half done in what is locked here.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
