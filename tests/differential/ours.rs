@@ -14,7 +14,7 @@ const RUN: &str = "query ($id: ID!, $after: String) { run(id: $id) {
     usage { requests inputTokens outputTokens cacheReadTokens cacheWriteTokens reasoningTokens totalTokens estimated }
     pendingApprovals { callId name arguments argumentsHash }
     items(first: 100, after: $after) { pageInfo { hasNextPage endCursor } nodes {
-        __typename agentName
+        __typename agentName scope
         ... on MessageItem { role text }
         ... on ReasoningItem { text }
         ... on ToolCallItem { callId name arguments }
@@ -219,8 +219,11 @@ fn outcome(state: &Value, pauses: Vec<Value>) -> Value {
     })
 }
 
-/// An item as both sides tell it; none for what only we have.
+/// An item as both sides tell it; none for what only we have, as what happened in nested runs.
 fn neutral(item: &Value) -> Option<Value> {
+    if !item["scope"].is_null() {
+        return None;
+    }
     let agent = &item["agentName"];
     Some(match item["__typename"].as_str().expect("a type") {
         "MessageItem" if item["role"] == "ASSISTANT" => json!({"kind": "message", "agent": agent, "text": item["text"]}),

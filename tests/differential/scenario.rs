@@ -81,7 +81,8 @@ pub struct Agent {
     /// `HandoffInput`s, with `agent` in place of `agentId`.
     #[serde(default, skip_serializing_if = "is_default")]
     pub handoffs: Vec<Map<String, Value>>,
-    /// `GuardrailInput`s, with `agent` in place of `agentId`; `rejects` is what the model is told at a tool stage.
+    /// `GuardrailInput`s, with `agent` in place of `agentId`; those at a
+    /// tool stage that reject say with which `message`: its default is Cloister's own.
     #[serde(default, skip_serializing_if = "is_default")]
     pub guardrails: Vec<Map<String, Value>>,
     /// What others are told of it.
@@ -129,6 +130,9 @@ pub struct Reply {
     /// What it thought first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reasoning: Option<String>,
+    /// What it thought, as only the provider can read it (Responses).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encrypted: Option<String>,
     /// The type of a tool that the provider ran first, such as `web_search_call`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hosted: Option<String>,

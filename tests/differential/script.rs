@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex};
 use cloister_tests::model_server::RecordedRequest;
 use cloister_tests::tool_server::ToolRequest;
 use cloister_tests::{ModelServer, Reply, ToolAnswer, ToolServer};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::scenario::{self, Answer, Answers, Scenario};
 
 /// What one side asked of the model and of the tools.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Asked {
     /// Each request to the model: the number of the reply that it was given, if there was one for it, and its body.
     pub requests: Vec<(Option<usize>, Value)>,
@@ -27,34 +27,52 @@ pub struct Servers {
     pub tools: ToolServer,
 }
 
+/// A scenario in play on [`Servers`].
+#[derive(Default)]
+pub struct Playing {
+    /// The last request before it.
+    after: u64,
+    /// The replies that were taken, by the request's number.
+    taken: Arc<Mutex<BTreeMap<u64, usize>>>,
+    calls: Arc<Mutex<Vec<(String, String)>>>,
+}
+
 impl Servers {
     /// Starts them.
     pub async fn start() -> Servers {
-        Servers { model: ModelServer::start().await, tools: ToolServer::start().await }
+        let servers = Servers { model: ModelServer::start().await, tools: ToolServer::start().await };
+        servers.model.keep_last(1_000);
+        servers
     }
 
-    /// Begins a scenario. What is asked from now on is in what it returns.
-    pub fn play(&self, scenario: &Scenario) -> Arc<Mutex<Asked>> {
-        let asked = Arc::new(Mutex::new(Asked::default()));
+    /// What was asked since a scenario began.
+    pub fn asked(&self, playing: &Playing) -> Asked {
+        let taken = playing.taken.lock().unwrap();
+        let requests = self.model.requests().into_iter().filter(|request| request.number > playing.after);
+        let requests: Vec<RecordedRequest> = requests.collect();
+        Asked {
+            charged: requests.iter().filter_map(|request| request.charged).map(|usage| usage.total()).sum(),
+            requests: requests.into_iter().map(|it| (taken.get(&it.number).copied(), it.body)).collect(),
+            calls: playing.calls.lock().unwrap().clone(),
+        }
+    }
+
+    /// Begins a scenario.
+    pub fn play(&self, scenario: &Scenario) -> Playing {
+        let after = self.model.requests().last().map_or(0, |request| request.number);
+        let playing = Playing { after, ..Playing::default() };
         let script = Mutex::new(Script::new(scenario));
-        let heard = asked.clone();
-        self.model.always(move |request| {
-            let taken = script.lock().unwrap().take(request);
-            let mut heard = heard.lock().unwrap();
-            heard.requests.push((taken.as_ref().map(|(number, _)| *number), request.body.clone()));
-            match taken {
-                Some((number, reply)) => {
-                    if reply.status.is_none() {
-                        heard.charged += charge(number).0 + charge(number).1;
-                    }
-                    render(number, &reply)
-                }
-                None => Reply::status(400).error_message("The script has no reply for this."),
+        let taken = playing.taken.clone();
+        self.model.always(move |request| match script.lock().unwrap().take(request) {
+            Some((number, reply)) => {
+                taken.lock().unwrap().insert(request.number, number);
+                render(number, &reply)
             }
+            None => Reply::status(400).error_message("The script has no reply for this."),
         });
         let answers = scenario.tools.clone();
         let count = Mutex::new(BTreeMap::<String, usize>::new());
-        let heard = asked.clone();
+        let calls = playing.calls.clone();
         self.tools.always(move |request| {
             let name = request.path[1..].to_owned();
             let arguments = String::from_utf8_lossy(&request.body).into_owned();
@@ -66,10 +84,10 @@ impl Servers {
                 Some(Answers::InTurn(answers)) => answers.get(*at - 1).cloned().unwrap_or_default(),
                 None => Answer::default(),
             };
-            heard.lock().unwrap().calls.push((name, arguments));
+            calls.lock().unwrap().push((name, arguments));
             answer_of(&answer, request)
         });
-        asked
+        playing
     }
 }
 
@@ -128,30 +146,47 @@ fn render(number: usize, reply: &scenario::Reply) -> Reply {
     if let Some(raw) = &reply.raw {
         return Reply::raw(raw.clone()).usage(input, output);
     }
-    let mut calls = reply.calls.iter().enumerate();
-    let id = |at: usize, call: &scenario::Call| call.id.clone().unwrap_or_else(|| format!("call_{number}_{at}"));
-    let mut made = match (&reply.text, &reply.refusal, calls.next()) {
-        (_, Some(refusal), None) => Reply::refusal(refusal),
-        (Some(text), None, None) => Reply::text(text),
-        (None, None, Some((at, call))) => Reply::tool_call_raw(&call.name, &call.text()).call_id(&id(at, call)),
-        (Some(text), None, Some((at, call))) => {
-            Reply::text(text).and_tool_call_raw(&call.name, &call.text()).call_id(&id(at, call))
-        }
-        (None, None, None) => Reply::text(""),
-        (_, Some(refusal), Some((at, call))) => {
-            Reply::refusal(refusal).and_tool_call_raw(&call.name, &call.text()).call_id(&id(at, call))
-        }
+    let mut made = match (&reply.text, &reply.refusal, &reply.hosted) {
+        (Some(text), ..) => Reply::text(text),
+        (None, Some(refusal), _) => Reply::refusal(refusal),
+        (None, None, Some(kind)) => Reply::hosted_call(kind, hosted_fields(kind)),
+        (None, None, None) => match &reply.calls[..] {
+            [] => Reply::text(""),
+            [call, ..] => Reply::tool_call_raw(&call.name, &call.text()).call_id(&call_id(number, 0, call)),
+        },
     };
-    for (at, call) in calls {
-        made = made.and_tool_call_raw(&call.name, &call.text()).call_id(&id(at, call));
+    if let (Some(_), Some(refusal)) = (&reply.text, &reply.refusal) {
+        made = made.and_refusal(refusal);
+    }
+    if let (true, Some(kind)) = (reply.text.is_some() || reply.refusal.is_some(), &reply.hosted) {
+        made = made.and_hosted_call(kind, hosted_fields(kind));
+    }
+    let is_begun = reply.text.is_some() || reply.refusal.is_some() || reply.hosted.is_some();
+    for (at, call) in reply.calls.iter().enumerate().skip(usize::from(!is_begun)) {
+        made = made.and_tool_call_raw(&call.name, &call.text()).call_id(&call_id(number, at, call));
     }
     if let Some(reasoning) = &reply.reasoning {
         made = made.reasoning(reasoning);
     }
+    if let Some(content) = &reply.encrypted {
+        made = made.encrypted_reasoning(content);
+    }
     if let Some(finish) = &reply.finish {
         made = made.finish_reason(finish);
     }
-    made.usage(input, output).cached(reply.cached).reasoning_tokens(reply.reasoning_tokens)
+    made.number(number as u64).usage(input, output).cached(reply.cached).reasoning_tokens(reply.reasoning_tokens)
+}
+
+fn call_id(number: usize, at: usize, call: &scenario::Call) -> String {
+    call.id.clone().unwrap_or_else(|| format!("call_{number}_{at}"))
+}
+
+/// What a call has, beside its type, that the provider made itself.
+fn hosted_fields(kind: &str) -> Value {
+    match kind {
+        "web_search_call" => json!({"action": {"type": "search", "query": "cloister", "queries": ["cloister"]}}),
+        _ => json!({}),
+    }
 }
 
 fn answer_of(answer: &Answer, request: &ToolRequest) -> ToolAnswer {

@@ -48,6 +48,7 @@ from agents.extensions.handoff_filters import remove_all_tools
 from agents.run import DEFAULT_MAX_TURNS
 from agents.run_config import ToolExecutionConfig
 from agents.strict_schema import ensure_strict_json_schema
+from agents.tool import default_tool_error_function
 from openai.types.shared import Reasoning
 
 UPSTREAM = "scripted-1"
@@ -123,7 +124,7 @@ class Play:
             instructions=lambda _context, _agent: self.filled_in(template),
             handoff_description=definition.get("handoffDescription"),
             model=self.model,
-            model_settings=settings(definition.get("modelSettings") or {}),
+            model_settings=settings(definition.get("modelSettings") or {}, self.scenario.get("stream")),
             output_type=OutputSchema(schema) if schema is not None else None,
             tool_use_behavior=behaviour,
             reset_tool_choice=definition.get("resetToolChoice", True),
@@ -170,8 +171,7 @@ class Play:
         schema = fields.get("parameters") or {"type": "object", "properties": {}}
         validator = jsonschema.Draft202012Validator(json.loads(json.dumps(schema)))
 
-        async def call(_context, arguments):
-            arguments = arguments or "{}"
+        async def post(arguments):
             value = json.loads(arguments)
             if not isinstance(value, dict):
                 raise ModelBehaviorError("the arguments are no object")
@@ -179,6 +179,13 @@ class Play:
             answer = await self.http.post(f"{self.tools_url}/{name}", content=arguments.encode())
             answer.raise_for_status()
             return answer.text
+
+        async def call(context, arguments):
+            try:
+                return await post(arguments or "{}")
+            except Exception as error:
+                # As the decorator `function_tool` has it.
+                return default_tool_error_function(context, error)
 
         timeout = fields.get("timeoutMs")
         return FunctionTool(
@@ -230,9 +237,9 @@ class Play:
             tripped, reason = await self.judge(guardrail["rule"], data.context, look(data))
             if not tripped:
                 return ToolGuardrailFunctionOutput.allow()
-            if "rejects" in guardrail:
-                return ToolGuardrailFunctionOutput.reject_content(guardrail["rejects"], reason)
-            return ToolGuardrailFunctionOutput.raise_exception(reason)
+            if guardrail.get("onTrip") == "FAIL":
+                return ToolGuardrailFunctionOutput.raise_exception(reason)
+            return ToolGuardrailFunctionOutput.reject_content(guardrail["message"], reason)
 
         return check
 
@@ -337,7 +344,7 @@ class Play:
         return next(key for key, agent in self.agents.items() if agent is self.start)
 
 
-def settings(given):
+def settings(given, stream):
     effort = given.get("reasoningEffort")
     return ModelSettings(
         temperature=given.get("temperature"),
@@ -346,6 +353,8 @@ def settings(given):
         tool_choice=given.get("toolChoice"),
         parallel_tool_calls=given.get("parallelToolCalls"),
         reasoning=Reasoning(effort=effort.lower()) if effort else None,
+        # Streams tell their usage only when they are asked to.
+        include_usage=True if stream else None,
     )
 
 

@@ -12,7 +12,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::compare::{self, Side};
 use crate::scenario::{Api, Scenario};
-use crate::script::{Asked, Servers};
+use crate::script::Servers;
 use crate::sdk::Sdk;
 use crate::ours;
 
@@ -73,7 +73,7 @@ impl House {
                 app = app.env(&format!("{provider}__BASE_URL"), &ours.model.url());
                 app = app.env(&format!("{provider}__API_KEY"), PROVIDER_KEY);
                 if api == Api::Responses {
-                    app = app.env(&format!("{provider}__API"), api.name());
+                    app = app.env("LATER_API", api.name());
                 }
             }
             servers.push((ours, sdk));
@@ -104,12 +104,11 @@ impl House {
 
 impl Stage {
     async fn play(&self, sdk: &Sdk, scenario: &Scenario, api: Api) -> Option<String> {
-        let (our_script, sdk_script) = (self.ours.play(scenario), self.sdk.play(scenario));
-        let model = model(api, self.number);
+        let (our_play, sdk_play) = (self.ours.play(scenario), self.sdk.play(scenario));
         let theirs = sdk.play(scenario, api, &self.sdk).await;
-        let ours = ours::play(&self.tenant.client, &model, scenario, &self.ours).await;
-        let side = |script: &std::sync::Mutex<Asked>, runs| Side { asked: script.lock().unwrap().clone(), runs };
-        let (ours, sdk) = (side(&our_script, ours), side(&sdk_script, theirs));
+        let ours = ours::play(&self.tenant.client, &model(api, self.number), scenario, &self.ours).await;
+        let ours = Side { asked: self.ours.asked(&our_play), runs: ours };
+        let sdk = Side { asked: self.sdk.asked(&sdk_play), runs: theirs };
         compare::difference(scenario, &ours, &sdk)
     }
 }
