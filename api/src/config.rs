@@ -151,6 +151,11 @@ pub struct ProviderConfig {
     pub base_url: Option<Url>,
     /// Sent as a bearer token.
     pub api_key: Option<SecretString>,
+    /// How it is spoken to; a model may say otherwise.
+    pub api: ProviderApi,
+    /// Whether it takes a model's reasoning back over Chat Completions. By default, models named after DeepSeek get their
+    /// own.
+    pub replay_reasoning: Option<bool>,
     /// Milliseconds until a connection must stand.
     pub connect_timeout_ms: u64,
     /// Milliseconds from the request until the answer's head.
@@ -168,6 +173,8 @@ impl Default for ProviderConfig {
         Self {
             base_url: None,
             api_key: None,
+            api: ProviderApi::Chat,
+            replay_reasoning: None,
             connect_timeout_ms: 5_000,
             first_byte_timeout_ms: 60_000,
             idle_timeout_ms: 60_000,
@@ -175,6 +182,17 @@ impl Default for ProviderConfig {
             attempts: 3,
         }
     }
+}
+
+/// OpenAI's two APIs for models.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProviderApi {
+    /// Chat Completions, which every compatible server speaks.
+    #[default]
+    Chat,
+    /// The Responses API, which keeps reasoning between turns and has tools of its own.
+    Responses,
 }
 
 /// `demo`
@@ -201,6 +219,8 @@ pub struct ModelConfig {
     pub provider: String,
     /// The provider's name for it; `name` unless given.
     pub upstream: Option<String>,
+    /// How it is spoken to; as its provider says unless given.
+    pub api: Option<ProviderApi>,
     /// Tokens of input and output together.
     pub context_window: i32,
     /// Tokens of a response.

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use super::demo::DemoProvider;
 use super::provider::{HttpProvider, HttpProviderConfig, Provider};
-use crate::config::{Config, ModelConfig, PriceConfig, ProviderConfig};
+use crate::config::{Config, ModelConfig, PriceConfig, ProviderApi, ProviderConfig};
 use crate::error::Error;
 use crate::money;
 
@@ -33,8 +33,17 @@ pub struct CatalogModel {
     pub price: prices::Model,
     /// Who answers; none when the provider is not configured.
     pub provider: Option<Arc<Provider>>,
+    /// How it is spoken to.
+    pub api: ProviderApi,
     /// How often one call is tried.
     pub attempts: u32,
+}
+
+impl CatalogModel {
+    /// Whether its provider runs tools of its own, such as `web_search`. Whether it knows a certain one, only it can tell.
+    pub fn has_hosted_tools(&self) -> bool {
+        self.api == ProviderApi::Responses && !matches!(self.provider.as_deref(), Some(Provider::Demo(_)))
+    }
 }
 
 /// The models, by name.
@@ -103,9 +112,15 @@ pub async fn sync(db: &impl ConnectionTrait, config: &Config, now: DateTime<Utc>
             .exec_without_returning(db)
             .await?;
         let price = sync_price(db, name, &wanted.price, now).await?;
-        let attempts = config.providers.get(&wanted.provider).map_or(3, |provider| provider.attempts);
-        let provider = providers.get(&wanted.provider).cloned();
-        models.insert(name.clone(), Arc::new(CatalogModel { model, price, provider, attempts }));
+        let configured = config.providers.get(&wanted.provider).cloned().unwrap_or_default();
+        let model = CatalogModel {
+            model,
+            price,
+            provider: providers.get(&wanted.provider).cloned(),
+            api: wanted.api.unwrap_or(configured.api),
+            attempts: configured.attempts,
+        };
+        models.insert(name.clone(), Arc::new(model));
     }
     models::Entity::update_many()
         .set(models::ActiveModel { is_active: Set(false), ..Default::default() })
@@ -175,6 +190,7 @@ fn http_config(name: &str, provider: &ProviderConfig) -> Result<HttpProviderConf
         first_byte_timeout: Duration::from_millis(provider.first_byte_timeout_ms),
         idle_timeout: Duration::from_millis(provider.idle_timeout_ms),
         max_response_bytes: provider.max_response_bytes,
+        replay_reasoning: provider.replay_reasoning,
     })
 }
 
@@ -194,6 +210,7 @@ fn built_in() -> Vec<ModelConfig> {
         name: String::from(name),
         provider: provider.to_owned(),
         upstream: None,
+        api: None,
         context_window,
         max_output_tokens,
         price: PriceConfig {

@@ -6,78 +6,181 @@
 
 use cloister_runtime::item::InputItem;
 use cloister_runtime::model::{ModelRequest, Offer, ToolDefinition};
-use cloister_runtime::spec::ReasoningEffort;
+use cloister_runtime::spec::{OutputSchema, ReasoningEffort};
 use serde_json::{Map, Value, json};
 
-/// The body of `POST /chat/completions` for a streamed answer. What the request leaves open is left out.
-pub fn body(upstream_model: &str, request: &ModelRequest) -> Value {
+use super::output_texts;
+
+/// What of a request Chat Completions has no words for.
+#[derive(Debug, thiserror::Error)]
+pub enum Unfit {
+    /// A tool that the provider would run.
+    #[error("the tool {0:?} is run by providers over the Responses API only")]
+    HostedTool(String),
+    /// A call of such a tool, in the history.
+    #[error("the conversation holds a {0:?}, which goes to providers over the Responses API only")]
+    HostedCall(String),
+}
+
+/// The body of `POST /chat/completions` for a streamed answer. What the request leaves open is left out. `replay` is
+/// whether the provider takes a model's reasoning back; none: as the Agents SDK decides.
+pub fn body(upstream_model: &str, request: &ModelRequest, replay: Option<bool>) -> Result<Value, Unfit> {
     let has_tools = !request.tools.is_empty();
+    let tools: Vec<Value> = request.tools.iter().map(offer).collect::<Result<_, _>>()?;
     let fields = [
         ("model", Some(json!(upstream_model))),
-        ("messages", Some(messages(request))),
-        ("tools", has_tools.then(|| request.tools.iter().filter_map(offer).collect())),
+        ("messages", Some(messages(upstream_model, request, replay)?)),
+        ("tools", has_tools.then(|| tools.into())),
         ("temperature", request.temperature.map(Value::from)),
         ("top_p", request.top_p.map(Value::from)),
         ("max_tokens", request.max_output_tokens.map(Value::from)),
         ("tool_choice", request.tool_choice.as_deref().map(tool_choice)),
+        ("response_format", request.output.as_ref().map(response_format)),
         // OpenAI refuses it where there are no tools.
         ("parallel_tool_calls", request.parallel_tool_calls.filter(|_| has_tools).map(Value::from)),
         ("reasoning_effort", request.reasoning_effort.map(reasoning_effort)),
         ("stream", Some(json!(true))),
         ("stream_options", Some(json!({"include_usage": true}))),
     ];
-    fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect::<Map<_, _>>().into()
+    Ok(fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect::<Map<_, _>>().into())
 }
 
-fn messages(request: &ModelRequest) -> Value {
-    let mut messages = Vec::new();
+fn messages(upstream_model: &str, request: &ModelRequest, replay: Option<bool>) -> Result<Value, Unfit> {
+    let mut messages = Messages::default();
     if !request.instructions.is_empty() {
         messages.push(json!({"role": "system", "content": request.instructions}));
     }
-    let mut turn = AssistantTurn::default();
     for item in &request.input {
         match item {
-            InputItem::User { text } => {
-                messages.extend(turn.take_message());
-                messages.push(json!({"role": "user", "content": text}));
+            InputItem::User { text } => messages.push(json!({"role": "user", "content": text})),
+            InputItem::Summary { text } => messages.push(json!({"role": "assistant", "content": text})),
+            InputItem::Assistant { text, raw: None } => messages.say(Some(text.clone()), None),
+            InputItem::Assistant { raw: Some(raw), .. } => {
+                let texts = output_texts(raw, "output_text", "text").collect::<Vec<_>>();
+                let refusal = output_texts(raw, "refusal", "refusal").last().map(str::to_owned);
+                messages.say((!texts.is_empty()).then(|| texts.join("\n")), refusal);
             }
-            InputItem::Assistant { text, .. } | InputItem::Summary { text } => {
-                if turn.text.is_some() {
-                    messages.extend(turn.take_message());
-                }
-                turn.text = Some(text);
-            }
-            InputItem::ToolCall { call_id, name, arguments, .. } => {
-                turn.calls.push(tool_call(call_id, name, arguments))
-            }
+            InputItem::ToolCall { call_id, name, arguments, .. } => messages.call(tool_call(call_id, name, arguments)),
             InputItem::ToolOutput { call_id, output } => {
-                messages.extend(turn.take_message());
                 messages.push(json!({"role": "tool", "tool_call_id": call_id, "content": output}));
             }
-            InputItem::Reasoning { .. } | InputItem::HostedCall { .. } => {}
+            InputItem::Reasoning { text, raw } => {
+                messages.thought = Thought::of(text, raw.as_ref(), upstream_model, replay)
+            }
+            InputItem::HostedCall { raw } => {
+                return Err(Unfit::HostedCall(raw["type"].as_str().unwrap_or_default().to_owned()));
+            }
         }
     }
-    messages.extend(turn.take_message());
-    messages.into()
+    messages.end_turn();
+    Ok(messages.done.into())
+}
+
+/// The messages so far, and the one that a model's items of one response are gathered in.
+#[derive(Default)]
+struct Messages {
+    done: Vec<Value>,
+    turn: Option<AssistantTurn>,
+    /// Goes with the model's next words or calls.
+    thought: Option<Thought>,
 }
 
 /// What a model said and called in one response, which is one message.
 #[derive(Default)]
-struct AssistantTurn<'a> {
-    text: Option<&'a str>,
+struct AssistantTurn {
+    /// Null where there are only calls; left out where a message says nothing.
+    content: Option<Value>,
+    refusal: Option<String>,
     calls: Vec<Value>,
+    thought: Option<Thought>,
 }
 
-impl AssistantTurn<'_> {
-    /// The message, if there is one; the next item begins another.
-    fn take_message(&mut self) -> Option<Value> {
-        let Self { text, calls } = std::mem::take(self);
-        match (text, calls.is_empty()) {
-            (None, true) => None,
-            (text, true) => Some(json!({"role": "assistant", "content": text})),
-            // Content is null where there are only calls.
-            (text, false) => Some(json!({"role": "assistant", "content": text, "tool_calls": calls})),
+/// What a model thought, and the field that its provider takes it back in.
+struct Thought {
+    field: &'static str,
+    text: String,
+}
+
+impl Messages {
+    /// A message that is no part of a model's response.
+    fn push(&mut self, message: Value) {
+        self.end_turn();
+        self.thought = None;
+        self.done.push(message);
+    }
+
+    /// A model's message. It joins calls that stand before it, since their outputs must follow them at once.
+    fn say(&mut self, text: Option<String>, refusal: Option<String>) {
+        match &mut self.turn {
+            Some(turn)
+                if !turn.calls.is_empty()
+                    && turn.refusal.is_none()
+                    && turn.content.as_ref().is_none_or(Value::is_null) =>
+            {
+                if let Some(text) = text {
+                    turn.content = Some(text.into());
+                }
+                turn.refusal = refusal;
+            }
+            _ => {
+                self.end_turn();
+                self.turn = Some(AssistantTurn { content: text.map(Value::from), refusal, ..AssistantTurn::default() });
+            }
         }
+        self.apply_thought();
+    }
+
+    fn call(&mut self, call: Value) {
+        self.turn.get_or_insert_with(|| AssistantTurn { content: Some(Value::Null), ..AssistantTurn::default() });
+        self.apply_thought();
+        if let Some(turn) = &mut self.turn {
+            turn.calls.push(call);
+        }
+    }
+
+    fn apply_thought(&mut self) {
+        if let (Some(turn), Some(thought)) = (&mut self.turn, self.thought.take()) {
+            turn.thought = Some(thought);
+        }
+    }
+
+    /// Ends the response's message; the next item begins another.
+    fn end_turn(&mut self) {
+        let Some(turn) = self.turn.take() else { return };
+        if turn.calls.is_empty() {
+            self.thought = None;
+        }
+        let fields = [
+            ("role", Some(json!("assistant"))),
+            ("content", turn.content),
+            ("refusal", turn.refusal.map(Value::from)),
+            ("tool_calls", (!turn.calls.is_empty()).then(|| turn.calls.into())),
+        ];
+        let thought = turn.thought.map(|thought| (thought.field, Some(thought.text.into())));
+        let fields = fields.into_iter().chain(thought);
+        self.done
+            .push(fields.filter_map(|(name, value)| Some((name.to_owned(), value?))).collect::<Map<_, _>>().into());
+    }
+}
+
+impl Thought {
+    /// What is sent back of a model's reasoning, if anything is. Source: `reasoning_content_replay.py`.
+    fn of(text: &str, raw: Option<&Value>, upstream_model: &str, replay: Option<bool>) -> Option<Thought> {
+        // Where the reasoning came from, as the assembly of a Chat Completions answer writes it down.
+        let origin = raw.and_then(|raw| raw.get("provider_data"));
+        let origin_model = origin.and_then(|origin| origin["model"].as_str());
+        let field = match origin.and_then(|origin| origin["field"].as_str()) {
+            Some("reasoning") => "reasoning",
+            _ => "reasoning_content",
+        };
+        let is_deepseek = |model: &str| model.to_lowercase().contains("deepseek");
+        let takes_back = match (replay, field) {
+            (Some(replay), "reasoning_content") => replay,
+            (None, "reasoning_content") => is_deepseek(upstream_model) && origin_model.is_none_or(is_deepseek),
+            // OpenRouter's and vLLM's field goes back to the model it came from.
+            (replay, _) => replay != Some(false) && origin_model == Some(upstream_model),
+        };
+        (takes_back && !text.is_empty()).then(|| Thought { field, text: text.to_owned() })
     }
 }
 
@@ -86,10 +189,10 @@ fn tool_call(call_id: &str, name: &str, arguments: &str) -> Value {
     json!({"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}})
 }
 
-fn offer(offer: &Offer) -> Option<Value> {
+fn offer(offer: &Offer) -> Result<Value, Unfit> {
     match offer {
-        Offer::Function(definition) => Some(tool(definition)),
-        Offer::Hosted(_) => None,
+        Offer::Function(definition) => Ok(tool(definition)),
+        Offer::Hosted(hosted) => Err(Unfit::HostedTool(hosted.name.clone())),
     }
 }
 
@@ -112,7 +215,15 @@ fn tool_choice(choice: &str) -> Value {
     }
 }
 
-fn reasoning_effort(effort: ReasoningEffort) -> Value {
+fn response_format(output: &OutputSchema) -> Value {
+    json!({
+        "type": "json_schema",
+        "json_schema": {"name": "final_output", "strict": true, "schema": output.schema},
+    })
+}
+
+/// OpenAI's word.
+pub(super) fn reasoning_effort(effort: ReasoningEffort) -> Value {
     json!(match effort {
         ReasoningEffort::Minimal => "minimal",
         ReasoningEffort::Low => "low",
@@ -161,7 +272,7 @@ mod tests {
     fn what_is_open_is_left_out() {
         let request = ModelRequest { parallel_tool_calls: Some(true), ..request(vec![user("hi")]) };
         assert_eq!(
-            body("upstream", &request),
+            body("upstream", &request, None).unwrap(),
             json!({
                 "model": "upstream",
                 "messages": [{"role": "user", "content": "hi"}],
@@ -190,7 +301,7 @@ mod tests {
             ..request(vec![user("hi")])
         };
         assert_eq!(
-            body("upstream", &request),
+            body("upstream", &request, None).unwrap(),
             json!({
                 "model": "upstream",
                 "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}],
@@ -232,7 +343,7 @@ mod tests {
         ];
         let function = |arguments: &str| json!({"name": "f", "arguments": arguments});
         assert_eq!(
-            messages(&request(items)),
+            messages("m", &request(items), None).unwrap(),
             json!([
                 {"role": "user", "content": "hi"},
                 {"role": "assistant", "content": "let me see", "tool_calls": [
@@ -253,11 +364,11 @@ mod tests {
 
     #[test]
     fn a_text_after_calls_joins_them_and_a_second_text_begins_a_message() {
-        let merged = messages(&request(vec![call("a", "{}"), assistant("so"), output("a", "1")]));
+        let merged = messages("m", &request(vec![call("a", "{}"), assistant("so"), output("a", "1")]), None).unwrap();
         assert_eq!(merged[0]["content"], "so");
         assert_eq!(merged[0]["tool_calls"][0]["id"], "a");
         assert_eq!(merged[1]["role"], "tool");
-        let apart = messages(&request(vec![assistant("one"), assistant("two")]));
+        let apart = messages("m", &request(vec![assistant("one"), assistant("two")]), None).unwrap();
         assert_eq!(apart, json!([{"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two"}]));
     }
 }

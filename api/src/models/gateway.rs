@@ -1,8 +1,10 @@
-//! A metered model call: reserve, send, stream, settle.
+//! A metered model call: reserve, send, stream, settle. A model that is unavailable before its first byte gives way to
+//! the next of the call's.
 //!
 //! The call runs in a task of its own. Once the request may have reached the provider the task goes
 //! on without its caller, to the provider's account of what it charged (60 s at most).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
@@ -18,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::catalog;
+use super::catalog::{self, CatalogModel};
 use super::provider::{Answer, AnswerEvent, Completion, Cut, Provider, SendError};
 use super::tokens;
 use crate::app::App;
@@ -51,22 +53,27 @@ pub struct JournalWrite {
     pub recorder: TurnRecorder,
 }
 
-/// Makes a call. The stream ends with [`ModelEvent::Done`] or an error.
+/// Makes a call to the origin's model, or to the first of `fallbacks` that is there. The stream ends with
+/// [`ModelEvent::Done`] or an error.
 pub fn call(
     app: &App,
     origin: CallOrigin,
+    fallbacks: Vec<Arc<CatalogModel>>,
     request: ModelRequest,
     journal: Option<JournalWrite>,
 ) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
     let (events, receiver) = mpsc::channel(BUFFER);
-    let call = Call { app: app.clone(), origin, request, journal, events };
-    app.tasks.spawn(call.run());
+    let call = Call { app: app.clone(), origin, attempt: 0, request, journal, events };
+    app.tasks.spawn(call.run(fallbacks));
     ReceiverStream::new(receiver).boxed()
 }
 
 struct Call {
     app: App,
+    /// With the model that is asked now.
     origin: CallOrigin,
+    /// How often any model was asked.
+    attempt: i32,
     request: ModelRequest,
     journal: Option<JournalWrite>,
     events: mpsc::Sender<Result<ModelEvent, ModelError>>,
@@ -80,11 +87,19 @@ enum Attempt {
     Again { message: String, wait: Option<Duration> },
 }
 
+/// What asking one model came to.
+enum Asked {
+    /// The call is over.
+    Over(Result<ModelEvent, ModelError>),
+    /// The model is not to be had; another may be.
+    Unavailable(String),
+}
+
 impl Call {
-    async fn run(mut self) {
+    async fn run(mut self, fallbacks: Vec<Arc<CatalogModel>>) {
         // Until something is sent there is nothing to meter, so the call ends with its caller.
         let events = self.events.clone();
-        let last = match self.attempts().await {
+        let last = match self.first_available(fallbacks).await {
             Ok(last) => last,
             Err(error) => {
                 let run_id = self.origin.run_id.map(|id| tracing::field::display(run_id(id)));
@@ -96,53 +111,79 @@ impl Call {
         let _ = events.send(last).await;
     }
 
-    async fn attempts(&mut self) -> Result<Result<ModelEvent, ModelError>, Error> {
+    /// Asks the models one by one until one is there.
+    async fn first_available(
+        &mut self,
+        fallbacks: Vec<Arc<CatalogModel>>,
+    ) -> Result<Result<ModelEvent, ModelError>, Error> {
+        let input_tokens = tokens::count_request(&self.request);
+        let mut fallbacks = fallbacks.into_iter();
+        let mut reasons = Vec::new();
+        loop {
+            let reason = match self.ask(input_tokens).await? {
+                Asked::Over(last) => return Ok(last),
+                Asked::Unavailable(reason) => reason,
+            };
+            let name = self.origin.model.model.name.clone();
+            let Some(next) = fallbacks.next() else {
+                let message = match reasons.is_empty() {
+                    true => reason,
+                    false => format!("No model is available: {}{name}: {reason}", reasons.concat()),
+                };
+                return Ok(failed(RunErrorCode::ModelUnavailable, message));
+            };
+            tracing::info!(model = name, next = next.model.name, "a model is unavailable; the next one is asked");
+            reasons.push(format!("{name}: {reason}; "));
+            self.origin.model = next;
+        }
+    }
+
+    /// Asks the origin's model, as often as it is worth.
+    async fn ask(&mut self, input_tokens: i64) -> Result<Asked, Error> {
         let model = self.origin.model.clone();
         let Some(provider) = model.provider.clone() else {
             let name = &model.model.provider;
             let message = format!("The provider {name:?} of the model {:?} is not configured.", model.model.name);
-            return Ok(failed(RunErrorCode::ModelUnavailable, message));
+            return Ok(Asked::Unavailable(message));
         };
-        let input_tokens = tokens::count_request(&self.request);
         let ceiling = i64::from(model.model.max_output_tokens);
-        let max_output = self.request.max_output_tokens.map_or(DEFAULT_MAX_OUTPUT, i64::from).min(ceiling);
+        let wanted = self.request.max_output_tokens.map_or(DEFAULT_MAX_OUTPUT, i64::from);
+        let max_output = wanted.min(ceiling);
         let mut backoff = ExponentialBuilder::default()
             .with_jitter()
             .with_min_delay(Duration::from_millis(250))
             .with_max_delay(Duration::from_secs(8))
             .with_max_times(model.attempts.saturating_sub(1) as usize)
             .build();
-        let mut attempt = 0;
         loop {
-            attempt += 1;
-            let ask = Ask { attempt, input_tokens, max_output };
+            self.attempt += 1;
+            let ask = Ask { attempt: self.attempt, input_tokens, max_output };
             let reserved = tokio::select! {
                 reserved = insist("a reservation", || self.reserve(ask)) => reserved?,
-                () = self.events.closed() => return Ok(Err(ModelError::LeaseLost)),
+                () = self.events.closed() => return Ok(Asked::Over(Err(ModelError::LeaseLost))),
             };
             let reserved = match reserved {
                 Ok(reserved) => reserved,
-                Err(denied) => return Ok(denied),
+                Err(denied) => return Ok(Asked::Over(denied)),
             };
             let mut request = self.request.clone();
-            if reserved.max_output < max_output {
+            // Less is left than was asked for, or this model gives less than the one that it stands in for.
+            if reserved.max_output < max_output || (self.request.max_output_tokens.is_some() && max_output < wanted) {
                 request.max_output_tokens = u32::try_from(reserved.max_output).ok();
             }
             let (message, wait) = match self.attempt(&provider, &request, reserved).await? {
-                Attempt::Over(last) => return Ok(last),
+                Attempt::Over(last) => return Ok(Asked::Over(last)),
                 Attempt::Again { message, wait } => (message, wait),
             };
-            let Some(pause) = backoff.next() else {
-                return Ok(failed(RunErrorCode::ModelUnavailable, message));
-            };
+            let Some(pause) = backoff.next() else { return Ok(Asked::Unavailable(message)) };
             let pause = wait.map_or(pause, |wait| Ord::max(wait, pause));
             if pause > LONGEST_WAIT {
                 let message = format!("{message} (it asks to be left alone for {} s)", pause.as_secs());
-                return Ok(failed(RunErrorCode::ModelUnavailable, message));
+                return Ok(Asked::Unavailable(message));
             }
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
-                () = self.events.closed() => return Ok(Err(ModelError::LeaseLost)),
+                () = self.events.closed() => return Ok(Asked::Over(Err(ModelError::LeaseLost))),
             }
         }
     }
@@ -169,7 +210,8 @@ impl Call {
             self.release(&reservation).await?;
             return Ok(Attempt::Over(Err(ModelError::LeaseLost)));
         }
-        let sending = provider.send(&self.origin.model.model.upstream, request);
+        let model = &self.origin.model;
+        let sending = provider.send(model.api, &model.model.upstream, request);
         match self.while_open(&reservation, sending).await {
             Ok(answer) => self.stream(answer, &reservation).await.map(Attempt::Over),
             Err(SendError::Retryable { message, retry_after }) => {
@@ -181,6 +223,10 @@ impl Call {
                 metrics::model_call(CallOutcome::Refused, None);
                 self.release(&reservation).await?;
                 let message = format!("The provider refused the request ({status}): {message}");
+                Ok(Attempt::Over(failed(RunErrorCode::ModelRejected, message)))
+            }
+            Err(SendError::Unfit { message }) => {
+                self.release(&reservation).await?;
                 Ok(Attempt::Over(failed(RunErrorCode::ModelRejected, message)))
             }
             Err(SendError::Unknown { message }) => {
@@ -220,7 +266,7 @@ impl Call {
                     continue;
                 }
                 () = sleep_until(drain_ends) => {
-                    Some(Err(Cut { reason: "given up".to_owned(), partial: parts.parts.clone(), usage: None }))
+                    Some(Err(Cut::broken("given up", parts.parts.clone())))
                 }
             };
             let progress = match event {
@@ -234,10 +280,7 @@ impl Call {
                     ModelEvent::Arguments { index, call_id, name, text }
                 }
                 Some(Err(cut)) => return self.cut(cut, reservation).await,
-                None => {
-                    let cut = Cut { reason: "the answer ended".to_owned(), partial: parts.parts, usage: None };
-                    return self.cut(cut, reservation).await;
-                }
+                None => return self.cut(Cut::broken("the answer ended", parts.parts), reservation).await,
             };
             if abandoned_at.is_none() && self.events.send(Ok(progress)).await.is_err() {
                 abandoned_at = Some(Instant::now());
@@ -272,7 +315,7 @@ impl Call {
     ) -> Result<Result<ModelEvent, ModelError>, Error> {
         let usage = cut.usage.unwrap_or_else(|| self.estimate(reservation, &cut.partial));
         self.settle(reservation, usage, None).await?;
-        Ok(failed(RunErrorCode::ModelUnavailable, format!("The model's answer was cut off: {}", cut.reason)))
+        Ok(failed(cut.code, cut.reason))
     }
 
     fn estimate(&self, reservation: &quota_reservations::Model, parts: &[Part]) -> TokenUsage {

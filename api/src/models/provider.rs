@@ -6,21 +6,24 @@
 mod assembly;
 mod attempt;
 mod chunk;
+mod events;
 mod http;
+mod output;
 mod redact;
 
 use std::time::Duration;
 
-use cloister_runtime::item::TokenUsage;
+use cloister_runtime::item::{RunErrorCode, TokenUsage};
 use cloister_runtime::model::{Finish, ModelRequest, Part};
 use futures_util::stream::BoxStream;
 
 pub use self::http::{HttpProvider, HttpProviderConfig, HttpProviderError};
 use super::demo::DemoProvider;
+use crate::config::ProviderApi;
 
 /// One configured provider.
 pub enum Provider {
-    /// A server that speaks OpenAI's Chat Completions API.
+    /// A server that speaks OpenAI's API.
     Http(HttpProvider),
     /// The built-in model for trying things out.
     Demo(DemoProvider),
@@ -28,9 +31,14 @@ pub enum Provider {
 
 impl Provider {
     /// Sends one request, once, and waits until the answer begins.
-    pub async fn send(&self, upstream_model: &str, request: &ModelRequest) -> Result<Answer, SendError> {
+    pub async fn send(
+        &self,
+        api: ProviderApi,
+        upstream_model: &str,
+        request: &ModelRequest,
+    ) -> Result<Answer, SendError> {
         match self {
-            Provider::Http(provider) => provider.send(upstream_model, request).await,
+            Provider::Http(provider) => provider.send(api, upstream_model, request).await,
             Provider::Demo(provider) => Ok(provider.answer(request)),
         }
     }
@@ -71,7 +79,7 @@ pub enum AnswerEvent {
 /// A complete answer: the provider said why it stopped.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
-    /// In the order reasoning, message, refusal, calls; empty parts are left out.
+    /// By index. Over Chat Completions that is in the order reasoning, message, refusal, calls; empty parts are left out.
     pub parts: Vec<Part>,
     /// Why the model stopped.
     pub finish: Finish,
@@ -79,16 +87,26 @@ pub struct Completion {
     pub usage: Option<TokenUsage>,
 }
 
-/// An answer that ended early.
+/// An answer that ended early, or that can't be used.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("{reason}")]
 pub struct Cut {
+    /// As what the run ends.
+    pub code: RunErrorCode,
     /// For people; holds nothing of the provider's credentials.
     pub reason: String,
     /// What had arrived.
     pub partial: Vec<Part>,
     /// What the provider had counted, if it said so before the cut.
     pub usage: Option<TokenUsage>,
+}
+
+impl Cut {
+    /// An answer that broke off.
+    pub fn broken(reason: impl std::fmt::Display, partial: Vec<Part>) -> Self {
+        let reason = format!("The model's answer was cut off: {reason}");
+        Cut { code: RunErrorCode::ModelUnavailable, reason, partial, usage: None }
+    }
 }
 
 /// Why no answer began. Messages hold nothing of the provider's credentials.
@@ -109,6 +127,12 @@ pub enum SendError {
         /// The HTTP status.
         status: u16,
         /// The provider's reason, shortened; may be shown to the tenant.
+        message: String,
+    },
+    /// Nothing was sent: the request has what the provider's API has no words for.
+    #[error("{message}")]
+    Unfit {
+        /// For people.
         message: String,
     },
     /// The request went out and no status came back: it may have been charged.

@@ -143,7 +143,9 @@ impl GatewayModel {
 
 impl Model for GatewayModel {
     fn respond(&self, call: ModelCall) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
-        let Some(model) = self.app.catalog.get(&call.request.model) else {
+        let names = std::iter::once(&call.request.model).chain(&call.fallback_models);
+        let mut models = names.filter_map(|name| self.app.catalog.get(name));
+        let Some(model) = models.next() else {
             let message = format!("The model {:?} is no longer in the catalogue.", call.request.model);
             let code = RunErrorCode::ModelUnavailable;
             return Box::pin(futures_util::stream::iter([Err(ModelError::Failed { code, message })]));
@@ -162,6 +164,6 @@ impl Model for GatewayModel {
             model,
         };
         let journal = JournalWrite { lease: call.lease, recorder: call.recorder };
-        gateway::call(&self.app, origin, call.request, Some(journal))
+        gateway::call(&self.app, origin, models.collect(), call.request, Some(journal))
     }
 }

@@ -1,4 +1,4 @@
-//! From a stream's chunks to an answer's parts.
+//! From the chunks of a Chat Completions stream to an answer's parts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use async_stream::stream;
 use cloister_runtime::item::TokenUsage;
 use cloister_runtime::model::{Finish, Part};
 use futures_util::{Stream, StreamExt};
+use serde_json::{Value, json};
 
 use super::attempt::CutReason;
 use super::chunk::{CallDelta, Chunk, Frame};
@@ -22,20 +23,21 @@ const FIRST_CALL_INDEX: u32 = 2;
 /// How long the usage is waited for once an answer is complete.
 const USAGE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long `[DONE]` is waited for once the usage is known: a stream that is read to its end keeps its connection.
-const LAST_WORD: Duration = Duration::from_millis(250);
+pub(super) const LAST_WORD: Duration = Duration::from_millis(250);
 
 /// The most calls a response may have.
-const MAX_CALLS: usize = 128;
+pub(super) const MAX_CALLS: usize = 128;
 
 /// An answer's events, from its chunks. Once the provider has said why it stopped, the answer is
 /// complete however the stream ends: what may still follow is only the usage.
 pub(super) fn assemble(
     mut frames: StreamResponse<Frame>,
+    upstream_model: String,
     cut_reason: CutReason,
     redactor: Arc<Redactor>,
 ) -> impl Stream<Item = Result<AnswerEvent, Cut>> + Send + 'static {
     stream! {
-        let mut assembly = Assembly::default();
+        let mut assembly = Assembly { upstream_model, ..Assembly::default() };
         while let Some(Frame(chunk)) = assembly.next_of(&mut frames).await {
             match assembly.add(&chunk) {
                 Ok(events) => {
@@ -62,7 +64,11 @@ pub(super) fn assemble(
 /// An answer as far as it has arrived.
 #[derive(Debug, Default)]
 struct Assembly {
+    /// The provider's name of the model.
+    upstream_model: String,
     reasoning: String,
+    /// Under the name that DeepSeek gave it.
+    has_reasoning_content: bool,
     message: String,
     refusal: String,
     calls: Vec<Call>,
@@ -109,6 +115,7 @@ impl Assembly {
         let mut events = Vec::new();
         for choice in chunk.choices.iter().filter(|choice| choice.index == 0) {
             self.reasoning.push_str(choice.delta.reasoning());
+            self.has_reasoning_content |= choice.delta.has_reasoning_content();
             self.refusal.push_str(&choice.delta.refusal);
             if !choice.delta.content.is_empty() {
                 self.message.push_str(&choice.delta.content);
@@ -181,16 +188,22 @@ impl Assembly {
 
     fn cut(&mut self, reason: String) -> Cut {
         let arrived = std::mem::take(self);
-        Cut { reason, usage: arrived.usage, partial: arrived.into_parts() }
+        Cut { usage: arrived.usage, ..Cut::broken(reason, arrived.into_parts()) }
     }
 
     fn into_parts(self) -> Vec<Part> {
         let mut parts = Vec::new();
         if !self.reasoning.is_empty() {
-            parts.push(Part::Reasoning { index: REASONING_INDEX, text: self.reasoning, raw: None });
+            // Where it came from decides who may be sent it again (see `chat`).
+            let field = if self.has_reasoning_content { "reasoning_content" } else { "reasoning" };
+            let raw = json!({"provider_data": {"model": self.upstream_model, "field": field}});
+            parts.push(Part::Reasoning { index: REASONING_INDEX, text: self.reasoning, raw: Some(raw) });
         }
-        if !self.message.is_empty() {
-            parts.push(Part::Message { index: MESSAGE_INDEX, text: self.message, raw: None });
+        // A refusal beside calls ends nothing, and is sent back with them.
+        let is_replayed = !self.refusal.is_empty() && !self.calls.is_empty();
+        let raw = is_replayed.then(|| message_item(&self.message, &self.refusal));
+        if !self.message.is_empty() || is_replayed {
+            parts.push(Part::Message { index: MESSAGE_INDEX, text: self.message, raw });
         }
         if !self.refusal.is_empty() {
             parts.push(Part::Refusal { text: self.refusal });
@@ -215,6 +228,14 @@ impl Call {
     }
 }
 
+/// A message that refuses, as the Agents SDK keeps it: in the words of the Responses API.
+fn message_item(text: &str, refusal: &str) -> Value {
+    let text =
+        (!text.is_empty()).then(|| json!({"type": "output_text", "text": text, "annotations": [], "logprobs": []}));
+    let content: Vec<_> = text.into_iter().chain([json!({"type": "refusal", "refusal": refusal})]).collect();
+    json!({"type": "message", "role": "assistant", "status": "completed", "content": content})
+}
+
 /// The place of the call that came `position`th, from 0; [`MAX_CALLS`] keeps it far from the type's end.
 fn call_index(position: usize) -> u32 {
     u32::try_from(position).map_or(u32::MAX, |position| FIRST_CALL_INDEX.saturating_add(position))
@@ -222,8 +243,6 @@ fn call_index(position: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
-
     use super::*;
 
     fn chunk(json: Value) -> Chunk {

@@ -19,10 +19,11 @@ use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt};
 use http::header::{DATE, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
+use serde_json::Value;
 use tokio::time::timeout;
 
 use super::SendError;
-use super::chunk::{Frame, error_message};
+use super::chunk::error_message;
 use super::redact::Redactor;
 
 /// Bytes of an error's body that are read.
@@ -161,7 +162,7 @@ fn parsable_events(
             };
             match data.trim() {
                 "[DONE]" => yield Ok("data: [DONE]\n\n".to_owned()),
-                data if serde_json::from_str::<Frame>(data).is_ok() => {
+                data if serde_json::from_str::<Value>(data).is_ok() => {
                     yield Ok(format!("data: {}\n\n", data.replace('\n', "\ndata: ")));
                 }
                 _ => {
@@ -216,7 +217,7 @@ async fn error_body(response: reqwest::Response) -> Option<String> {
     };
     // Whatever has arrived by then either is the whole of it or is no JSON.
     let _ = timeout(ERROR_BODY_TIMEOUT, read).await;
-    let json: serde_json::Value = serde_json::from_slice(&body).ok()?;
+    let json: Value = serde_json::from_slice(&body).ok()?;
     error_message(&json["error"]).or_else(|| error_message(&json)).or_else(|| error_message(&json["detail"]))
 }
 

@@ -92,38 +92,46 @@ impl Chunk {
     /// What the provider counted. The buckets are disjoint, as the ledger wants them, while OpenAI's prompt
     /// tokens include the cached ones; an explicit zero stays zero; counts that can't be are no usage.
     pub(super) fn usage(&self) -> Option<TokenUsage> {
-        let prompt = tokens(&self.usage["prompt_tokens"])?;
-        let output_tokens = tokens(&self.usage["completion_tokens"])?;
-        let detail = |group: &str, names: &[&str]| match names
-            .iter()
-            .map(|name| &self.usage[group][name])
-            .find(|value| !value.is_null())
-        {
+        usage(&self.usage, "prompt_tokens", "completion_tokens")
+    }
+}
+
+/// What a provider counted, by the names that its API has for input and output.
+pub(super) fn usage(usage: &Value, input: &str, output: &str) -> Option<TokenUsage> {
+    let all_input = tokens(&usage[input])?;
+    let output_tokens = tokens(&usage[output])?;
+    let detail = |whole: &str, names: &[&str]| {
+        let details = &usage[format!("{whole}_details")];
+        match names.iter().map(|name| &details[name]).find(|value| !value.is_null()) {
             Some(value) => tokens(value),
             None => Some(0),
-        };
-        // A part can't be more than its whole: the sum stays what the provider charges.
-        let cache_read_tokens = detail("prompt_tokens_details", &["cached_tokens"])?.min(prompt);
-        let uncached = prompt - cache_read_tokens;
-        let cache_write_tokens =
-            detail("prompt_tokens_details", &["cache_creation_tokens", "cache_write_tokens"])?.min(uncached);
-        let reasoning_tokens = detail("completion_tokens_details", &["reasoning_tokens"])?.min(output_tokens);
-        Some(TokenUsage {
-            input_tokens: uncached - cache_write_tokens,
-            cache_read_tokens,
-            cache_write_tokens,
-            output_tokens,
-            reasoning_tokens,
-            cost_nano_usd: 0,
-            estimated: false,
-        })
-    }
+        }
+    };
+    // A part can't be more than its whole: the sum stays what the provider charges.
+    let cache_read_tokens = detail(input, &["cached_tokens"])?.min(all_input);
+    let uncached = all_input - cache_read_tokens;
+    let cache_write_tokens = detail(input, &["cache_creation_tokens", "cache_write_tokens"])?.min(uncached);
+    let reasoning_tokens = detail(output, &["reasoning_tokens"])?.min(output_tokens);
+    Some(TokenUsage {
+        input_tokens: uncached - cache_write_tokens,
+        cache_read_tokens,
+        cache_write_tokens,
+        output_tokens,
+        reasoning_tokens,
+        cost_nano_usd: 0,
+        estimated: false,
+    })
 }
 
 impl Delta {
     /// What the model thinks, under either of the two names in use; both together say the same.
     pub(super) fn reasoning(&self) -> &str {
         if self.reasoning_content.is_empty() { &self.reasoning } else { &self.reasoning_content }
+    }
+
+    /// Whether the reasoning stands under the name that DeepSeek gave it, rather than OpenRouter's.
+    pub(super) fn has_reasoning_content(&self) -> bool {
+        !self.reasoning_content.is_empty()
     }
 }
 
@@ -139,7 +147,7 @@ impl FunctionDelta {
 }
 
 /// A text as everybody can hold it: PostgreSQL has no NUL. It is replaced right here, so that deltas and items agree.
-fn without_nul(text: &str) -> String {
+pub(super) fn without_nul(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
 }
 

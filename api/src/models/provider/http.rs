@@ -1,4 +1,4 @@
-//! Providers that speak OpenAI's Chat Completions API over HTTP.
+//! Providers that speak OpenAI's API over HTTP: Chat Completions or the Responses API.
 //!
 //! async-openai's client forms the request and takes the event stream apart, into our own types (its `byot`
 //! feature); the HTTP beneath it is ours (its `middleware` feature, see [`super::attempt`]).
@@ -19,9 +19,12 @@ use url::{Host, Url};
 use super::assembly::assemble;
 use super::attempt::{Attempt, CutReason, Limits};
 use super::chunk::Frame;
+use super::events::Event;
+use super::output::assemble_output;
 use super::redact::Redactor;
 use super::{Answer, SendError};
-use crate::models::chat;
+use crate::config::ProviderApi;
+use crate::models::{chat, responses};
 
 /// Load balancers close idle connections after a minute or so; a request that meets the closing is lost.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -43,6 +46,8 @@ pub struct HttpProviderConfig {
     pub idle_timeout: Duration,
     /// Bytes a response may have; usually 8 MiB.
     pub max_response_bytes: usize,
+    /// Whether it takes a model's reasoning back over Chat Completions; none: as the Agents SDK decides, by the model.
+    pub replay_reasoning: Option<bool>,
 }
 
 /// Why a provider can't be configured so.
@@ -59,12 +64,13 @@ pub enum HttpProviderError {
     Client(#[source] reqwest::Error),
 }
 
-/// A server that speaks Chat Completions.
+/// A server that speaks OpenAI's API.
 pub struct HttpProvider {
     name: Arc<str>,
     client: Client<Arc<dyn Config>>,
     http: reqwest::Client,
     limits: Limits,
+    replay_reasoning: Option<bool>,
     redactor: Arc<Redactor>,
 }
 
@@ -95,12 +101,18 @@ impl HttpProvider {
                 idle_timeout: config.idle_timeout,
                 max_response_bytes: config.max_response_bytes,
             },
+            replay_reasoning: config.replay_reasoning,
             redactor: Arc::new(Redactor::new(config.api_key)),
         })
     }
 
     /// Sends one request, once, and waits for the head of the response.
-    pub async fn send(&self, upstream_model: &str, request: &ModelRequest) -> Result<Answer, SendError> {
+    pub async fn send(
+        &self,
+        api: ProviderApi,
+        upstream_model: &str,
+        request: &ModelRequest,
+    ) -> Result<Answer, SendError> {
         let cut_reason = CutReason::default();
         let client = self.client.clone().with_http_service(Attempt {
             provider: self.name.clone(),
@@ -109,9 +121,21 @@ impl HttpProvider {
             redactor: self.redactor.clone(),
             cut_reason: cut_reason.clone(),
         });
-        let body = chat::body(upstream_model, request);
-        let frames = client.chat().create_stream_byot::<_, Frame>(body).await.map_err(send_error)?;
-        Ok(Answer { events: assemble(frames, cut_reason, self.redactor.clone()).boxed() })
+        let redactor = self.redactor.clone();
+        let events = match api {
+            ProviderApi::Chat => {
+                let body = chat::body(upstream_model, request, self.replay_reasoning)
+                    .map_err(|unfit| SendError::Unfit { message: format!("{} can't be asked: {unfit}", self.name) })?;
+                let frames = client.chat().create_stream_byot::<_, Frame>(body).await.map_err(send_error)?;
+                assemble(frames, upstream_model.to_owned(), cut_reason, redactor).boxed()
+            }
+            ProviderApi::Responses => {
+                let body = responses::body(upstream_model, request);
+                let events = client.responses().create_stream_byot::<_, Event>(body).await.map_err(send_error)?;
+                assemble_output(events, cut_reason, redactor).boxed()
+            }
+        };
+        Ok(Answer { events })
     }
 }
 

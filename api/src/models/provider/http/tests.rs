@@ -73,6 +73,7 @@ fn config(base_url: Url) -> HttpProviderConfig {
         first_byte_timeout: Duration::from_secs(5),
         idle_timeout: Duration::from_secs(5),
         max_response_bytes: 64 * 1024,
+        replay_reasoning: None,
     }
 }
 
@@ -93,7 +94,7 @@ fn request() -> ModelRequest {
 }
 
 async fn ask(provider: &HttpProvider) -> (Vec<AnswerEvent>, Option<Cut>) {
-    let answer = provider.send("upstream", &request()).await.unwrap();
+    let answer = provider.send(ProviderApi::Chat, "upstream", &request()).await.unwrap();
     let mut events = Vec::new();
     let mut cut = None;
     for event in answer.events.collect::<Vec<_>>().await {
@@ -113,7 +114,7 @@ async fn answer_to(events: &str, then: Then) -> (Vec<AnswerEvent>, Option<Cut>) 
 
 async fn refusal(response: &str) -> SendError {
     let server = serve(response, Then::Close).await;
-    provider(server.url).send("upstream", &request()).await.err().unwrap()
+    provider(server.url).send(ProviderApi::Chat, "upstream", &request()).await.err().unwrap()
 }
 
 fn text(text: &str) -> AnswerEvent {
@@ -233,7 +234,7 @@ async fn bytes_and_silence_are_bounded() {
 #[tokio::test]
 async fn dropping_the_answer_hangs_up() {
     let server = serve(format!("{SSE}\r\n{HELLO}"), Then::Stay).await;
-    let mut answer = provider(server.url).send("upstream", &request()).await.unwrap();
+    let mut answer = provider(server.url).send(ProviderApi::Chat, "upstream", &request()).await.unwrap();
     answer.events.next().await.unwrap().unwrap();
     drop(answer);
     // The server's task ends when the connection does.
@@ -270,7 +271,7 @@ async fn other_statuses_are_refusals_with_the_providers_reason() {
 async fn error_bodies_are_read_within_bounds() {
     let huge = format!("HTTP/1.1 400 Bad Request\r\n\r\n\"{}\"", "x".repeat(1024 * 1024));
     let server = serve(huge.into_bytes(), Then::Stay).await;
-    let error = provider(server.url).send("upstream", &request()).await.err().unwrap();
+    let error = provider(server.url).send(ProviderApi::Chat, "upstream", &request()).await.err().unwrap();
     assert_eq!(error, SendError::Rejected { status: 400, message: "acme answered 400 Bad Request".to_owned() });
 }
 
