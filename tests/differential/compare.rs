@@ -71,9 +71,16 @@ fn calls(ours: &Side, sdk: &Side) -> Option<String> {
 
 fn outcomes(scenario: &Scenario, ours: &Side, sdk: &Side) -> Option<String> {
     for (at, (left, right)) in ours.runs.iter().zip(&sdk.runs).enumerate() {
-        let (left, right) = (in_order(left), in_order(right));
+        let (mut left, mut right) = (left.clone(), right.clone());
+        let items = items_without_filtered(scenario, in_order(&left["items"]));
+        left["items"] = if right["error"].is_null() { items.into() } else { without_failed_turn(items, &right["items"]) };
+        right["items"] = in_order(&right["items"]).into();
+        for item in left["items"].as_array_mut().into_iter().flatten() {
+            item.as_object_mut().expect("an item").remove("turn");
+        }
         for field in ["pauses", "error", "output", "json", "agent", "items", "usage"] {
-            if right["error"] != Value::Null && is_unknown_after_an_error(field, &right) {
+            if !right["error"].is_null() && (field == "usage" || field == "agent" && right[field].is_null()) {
+                // Exceptions tell neither what the turn cost that failed, nor always whose it was.
                 continue;
             }
             if let Some(found) = first(&left[field], &right[field], &format!("run {}, {field}", at + 1)) {
@@ -86,31 +93,48 @@ fn outcomes(scenario: &Scenario, ours: &Side, sdk: &Side) -> Option<String> {
     }
     // Everything that the provider charges is counted, whatever became of it.
     let total: u64 = ours.runs.iter().map(|run| run["usage"]["total"].as_u64().expect("a count")).sum();
-    (scenario.retries == 0 && total != ours.asked.charged)
+    (total != ours.asked.charged)
         .then(|| format!("{total} tokens in the runs' usage, the provider charged {}", ours.asked.charged))
 }
 
-/// What the SDK's exceptions don't tell, or tell without the turn that failed.
-fn is_unknown_after_an_error(field: &str, sdk: &Value) -> bool {
-    sdk[field].is_null() && field != "output" && field != "json" || field == "usage"
-}
-
-/// A run whose outputs of a turn stand in call order: in the journal they stand as they finished.
-fn in_order(run: &Value) -> Value {
-    let mut run = run.clone();
-    let Some(items) = run["items"].as_array().cloned() else { return run };
-    let place = |item: &Value| {
-        let is_its_call = |call: &&Value| call["kind"] == "call" && call["call"] == item["call"];
-        items.iter().position(|call| is_its_call(&call)).unwrap_or_default()
-    };
+/// A run's items, the outputs of a turn in call order: in the journal they stand as they finished.
+fn in_order(items: &Value) -> Vec<Value> {
+    let items = items.as_array().cloned().unwrap_or_default();
+    let place = |item: &Value| items.iter().position(|call| call["kind"] == "call" && call["call"] == item["call"]);
     let mut sorted = items.clone();
     for outputs in sorted.chunk_by_mut(|left, right| left["kind"] == "output" && right["kind"] == "output") {
-        if outputs.len() > 1 {
-            outputs.sort_by_key(place);
+        outputs.sort_by_key(place);
+    }
+    sorted
+}
+
+/// Our items as the SDK has them after a handoff that removes tools: it forgets what the journal keeps.
+fn items_without_filtered(scenario: &Scenario, items: Vec<Value>) -> Vec<Value> {
+    let removes_tools = |from: &Value, to: &Value| {
+        let named = |name: &Value| scenario.agents.iter().find(|(key, agent)| agent.name.as_ref().unwrap_or(key) == name);
+        let (Some((_, from)), Some((to, _))) = (named(from), named(to)) else { return false };
+        let leads_there = |handoff: &&serde_json::Map<String, Value>| handoff["agent"] == to.as_str();
+        let handoff = from.handoffs.iter().find(leads_there);
+        handoff.is_some_and(|handoff| handoff.get("inputFilter").is_some_and(|filter| filter == "REMOVE_TOOLS"))
+    };
+    let mut kept = Vec::new();
+    for item in items {
+        let is_filter = item["kind"] == "handoff" && removes_tools(&item["agent"], &item["to"]);
+        kept.push(item);
+        if is_filter {
+            kept.retain(|item: &Value| item["kind"] == "message");
         }
     }
-    run["items"] = json!(sorted);
-    run
+    kept
+}
+
+/// Our items without the turn that failed, unless the SDK's exception tells of it too.
+fn without_failed_turn(items: Vec<Value>, sdk: &Value) -> Value {
+    let known = sdk.as_array().map_or(0, Vec::len);
+    let failed = items.last().map(|item| item["turn"].clone());
+    let is_all_of_it = items.iter().skip(known).all(|item| Some(&item["turn"]) == failed.as_ref())
+        && known.checked_sub(1).is_none_or(|last| items.get(last).is_none_or(|item| Some(&item["turn"]) != failed.as_ref()));
+    if is_all_of_it { items.into_iter().take(known).collect() } else { items.into() }
 }
 
 /// The first place where two values differ. Objects are equal whatever the order of their keys.

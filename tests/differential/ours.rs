@@ -14,7 +14,7 @@ const RUN: &str = "query ($id: ID!, $after: String) { run(id: $id) {
     usage { requests inputTokens outputTokens cacheReadTokens cacheWriteTokens reasoningTokens totalTokens estimated }
     pendingApprovals { callId name arguments argumentsHash }
     items(first: 100, after: $after) { pageInfo { hasNextPage endCursor } nodes {
-        __typename agentName scope
+        __typename agentName turn scope
         ... on MessageItem { role text }
         ... on ReasoningItem { text }
         ... on ToolCallItem { callId name arguments }
@@ -23,6 +23,9 @@ const RUN: &str = "query ($id: ID!, $after: String) { run(id: $id) {
         ... on GuardrailItem { name }
     } }
 } }";
+
+/// Types of the calls that a provider makes itself.
+const HOSTED: [&str; 3] = ["web_search_call", "code_interpreter_call", "image_generation_call"];
 
 /// Plays a scenario with the model of this name; the outcome of each run.
 ///
@@ -224,15 +227,20 @@ fn neutral(item: &Value) -> Option<Value> {
     if !item["scope"].is_null() {
         return None;
     }
-    let agent = &item["agentName"];
-    Some(match item["__typename"].as_str().expect("a type") {
+    let (agent, turn) = (&item["agentName"], &item["turn"]);
+    let mut told = match item["__typename"].as_str().expect("a type") {
         "MessageItem" if item["role"] == "ASSISTANT" => json!({"kind": "message", "agent": agent, "text": item["text"]}),
         "ReasoningItem" => json!({"kind": "reasoning", "agent": agent, "text": item["text"]}),
+        "ToolCallItem" if HOSTED.iter().any(|name| item["name"] == *name) => {
+            json!({"kind": "hosted_call", "agent": agent, "call": item["callId"], "name": item["name"]})
+        }
         "ToolCallItem" => json!({
             "kind": "call", "agent": agent, "call": item["callId"], "name": item["name"], "arguments": item["arguments"],
         }),
         "ToolOutputItem" => json!({"kind": "output", "agent": agent, "call": item["callId"], "output": item["output"]}),
         "HandoffItem" => json!({"kind": "handoff", "agent": agent, "call": item["callId"], "to": item["toAgentName"]}),
         _ => return None,
-    })
+    };
+    told["turn"] = turn.clone();
+    Some(told)
 }

@@ -73,7 +73,7 @@ impl House {
                 app = app.env(&format!("{provider}__BASE_URL"), &ours.model.url());
                 app = app.env(&format!("{provider}__API_KEY"), PROVIDER_KEY);
                 if api == Api::Responses {
-                    app = app.env("LATER_API", api.name());
+                    app = app.env(&format!("{provider}__API"), api.name());
                 }
             }
             servers.push((ours, sdk));
