@@ -89,7 +89,8 @@ pub async fn run(claim: Claim, ports: &Ports, stop: &Stop) -> Outcome {
 
 /// What a later run of the conversation is shown of a run that has ended: its input and its turns, each for itself.
 pub fn transcript(spec: &RunSpec, items: Vec<Item>) -> Vec<Vec<InputItem>> {
-    rebuilt(spec, items.into_iter().map(|item| item.step)).map(State::transcript).unwrap_or_default()
+    let own = items.into_iter().map(|item| item.step).filter(|step| step.scope.is_none());
+    rebuilt(spec, own).map(State::transcript).unwrap_or_default()
 }
 
 /// Calls of a run that wait for a decision, nested runs' included: each with its scope and its id, in their order.
@@ -109,10 +110,10 @@ pub fn pending_approvals(spec: &RunSpec, items: &[Item]) -> Vec<(Option<String>,
     pending.collect()
 }
 
-/// Where a scope stands. Whose turns they are does not matter for what this is asked.
+/// Where a scope stands, from its items. For what this is asked it does not matter whose turns they are.
 fn rebuilt(spec: &RunSpec, steps: impl Iterator<Item = Step>) -> Option<State> {
     let mut state = State::new(agents(spec), spec.root, None, None, Vec::new())?;
-    steps.filter(|step| step.scope.is_none()).for_each(|step| state.fold(step));
+    steps.for_each(|step| state.fold(step));
     Some(state)
 }
 

@@ -264,6 +264,14 @@ mod tests {
         InputItem::ToolCall { call_id: id.to_owned(), name: "f".to_owned(), arguments: arguments.to_owned(), raw: None }
     }
 
+    fn item(json: Value) -> InputItem {
+        serde_json::from_value(json).unwrap()
+    }
+
+    fn thought(field: &str, model: &str) -> InputItem {
+        item(json!({"type": "reasoning", "text": "hm", "raw": {"provider_data": {"model": model, "field": field}}}))
+    }
+
     fn output(id: &str, output: &str) -> InputItem {
         InputItem::ToolOutput { call_id: id.to_owned(), output: output.to_owned() }
     }
@@ -298,6 +306,7 @@ mod tests {
             tool_choice: Some("f".to_owned()),
             parallel_tool_calls: Some(false),
             reasoning_effort: Some(ReasoningEffort::Low),
+            output: Some(OutputSchema { schema: json!({"type": "object"}), is_wrapped: false }),
             ..request(vec![user("hi")])
         };
         assert_eq!(
@@ -313,6 +322,9 @@ mod tests {
                 "max_tokens": 7,
                 "tool_choice": {"type": "function", "function": {"name": "f"}},
                 "parallel_tool_calls": false,
+                "response_format": {"type": "json_schema", "json_schema": {
+                    "name": "final_output", "strict": true, "schema": {"type": "object"},
+                }},
                 "reasoning_effort": "low",
                 "stream": true,
                 "stream_options": {"include_usage": true},
@@ -370,5 +382,77 @@ mod tests {
         assert_eq!(merged[1]["role"], "tool");
         let apart = messages("m", &request(vec![assistant("one"), assistant("two")]), None).unwrap();
         assert_eq!(apart, json!([{"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two"}]));
+    }
+
+    #[test]
+    fn a_summary_is_a_message_of_its_own() {
+        let items = vec![item(json!({"type": "summary", "text": "Before."})), call("a", "{}"), output("a", "1")];
+        let messages = messages("m", &request(items), None).unwrap();
+        assert_eq!(messages[0], json!({"role": "assistant", "content": "Before."}));
+        assert_eq!((&messages[1]["content"], &messages[1]["tool_calls"][0]["id"]), (&Value::Null, &json!("a")));
+    }
+
+    #[test]
+    fn messages_of_the_responses_api_are_taken_apart() {
+        let message = |content: Value| item(json!({"type": "assistant", "text": "", "raw": {"content": content}}));
+        let text = |text: &str| json!({"type": "output_text", "text": text});
+        let refusal = json!({"type": "refusal", "refusal": "No."});
+        let sent = |items: Vec<InputItem>| messages("m", &request(items), None).unwrap();
+        assert_eq!(
+            sent(vec![message(json!([text("a"), text("b")]))]),
+            json!([{"role": "assistant", "content": "a\nb"}])
+        );
+        let refused = sent(vec![message(json!([refusal])), call("a", "{}"), output("a", "1")]);
+        assert_eq!(refused[0].as_object().unwrap().keys().collect::<Vec<_>>(), ["role", "refusal", "tool_calls"]);
+        let both = sent(vec![message(json!([text("a"), refusal])), call("a", "{}"), output("a", "1")]);
+        assert_eq!((&both[0]["content"], &both[0]["refusal"]), (&json!("a"), &json!("No.")));
+    }
+
+    #[test]
+    fn reasoning_goes_back_to_where_it_is_taken() {
+        let field = |upstream: &str, thought: InputItem, replay: Option<bool>| {
+            let items = vec![thought, assistant("so"), call("a", "{}"), output("a", "1")];
+            let sent = messages(upstream, &request(items), replay).unwrap();
+            let names = ["reasoning_content", "reasoning"].into_iter();
+            names.filter(|name| sent[0][name] == "hm").collect::<Vec<_>>()
+        };
+        let none: Vec<&str> = Vec::new();
+        assert_eq!(field("gpt", thought("reasoning_content", "gpt"), None), none);
+        assert_eq!(field("gpt", thought("reasoning_content", "gpt"), Some(true)), ["reasoning_content"]);
+        assert_eq!(field("DeepSeek-v3", thought("reasoning_content", "deepseek-r1"), None), ["reasoning_content"]);
+        assert_eq!(field("deepseek", thought("reasoning_content", "gpt"), None), none);
+        assert_eq!(field("deepseek", thought("reasoning_content", "deepseek"), Some(false)), none);
+        let plain = item(json!({"type": "reasoning", "text": "hm"}));
+        assert_eq!(field("deepseek", plain, None), ["reasoning_content"]);
+        assert_eq!(field("gpt-oss", thought("reasoning", "gpt-oss"), None), ["reasoning"]);
+        assert_eq!(field("gpt-oss", thought("reasoning", "other"), None), none);
+        assert_eq!(field("gpt-oss", thought("reasoning", "gpt-oss"), Some(false)), none);
+    }
+
+    #[test]
+    fn reasoning_stays_with_its_own_turn() {
+        let items = vec![
+            thought("reasoning_content", "deepseek"),
+            user("hi"),
+            assistant("yes"),
+            user("really?"),
+            thought("reasoning_content", "deepseek"),
+            assistant("one"),
+            assistant("two"),
+        ];
+        let sent = messages("deepseek", &request(items), None).unwrap();
+        let thoughts: Vec<bool> =
+            sent.as_array().unwrap().iter().map(|m| m.get("reasoning_content").is_some()).collect();
+        assert_eq!(thoughts, [false, false, false, true, false]);
+    }
+
+    #[test]
+    fn what_providers_run_themselves_is_not_asked_of_chat_completions() {
+        let hosted: Offer = serde_json::from_value(json!({"hosted": {"name": "web_search", "config": {}}})).unwrap();
+        let offering = ModelRequest { tools: vec![hosted], ..request(vec![user("hi")]) };
+        assert!(matches!(body("m", &offering, None), Err(Unfit::HostedTool(name)) if name == "web_search"));
+        let call = item(json!({"type": "hosted_call", "raw": {"type": "web_search_call", "id": "ws_1"}}));
+        let error = body("m", &request(vec![call]), None).unwrap_err();
+        assert!(matches!(&error, Unfit::HostedCall(name) if name == "web_search_call"), "{error}");
     }
 }

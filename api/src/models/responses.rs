@@ -122,3 +122,119 @@ fn tool_choice(choice: &str, tools: &[Offer]) -> Value {
 fn text(output: &OutputSchema) -> Value {
     json!({"format": {"type": "json_schema", "name": "final_output", "schema": output.schema, "strict": true}})
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The body of a request with these fields.
+    fn sent(fields: Value) -> Value {
+        let mut request = json!({"model": "catalogue-name", "instructions": "", "input": [], "tools": []});
+        request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        body("upstream", &serde_json::from_value(request).unwrap())
+    }
+
+    fn input(item: Value) -> Value {
+        sent(json!({"input": [item]}))["input"].clone()
+    }
+
+    #[test]
+    fn what_is_open_is_left_out() {
+        let body = sent(json!({"input": [{"type": "user", "text": "hi"}], "parallel_tool_calls": true}));
+        assert_eq!(
+            body,
+            json!({
+                "model": "upstream",
+                "input": [{"role": "user", "content": "hi"}],
+                "include": [],
+                "tools": [],
+                "stream": true,
+            })
+        );
+    }
+
+    #[test]
+    fn what_is_set_is_sent() {
+        let schema = json!({"type": "object", "properties": {}});
+        let body = sent(json!({
+            "instructions": "Be kind.",
+            "tools": [
+                {"hosted": {"name": "web_search", "config": {"search_context_size": "low", "type": "x"}}},
+                {"function": {"name": "f", "description": "", "parameters": schema, "strict": true}},
+            ],
+            "temperature": 0.5,
+            "top_p": 1.0,
+            "max_output_tokens": 7,
+            "tool_choice": "f",
+            "parallel_tool_calls": false,
+            "reasoning_effort": "low",
+            "output": {"schema": schema, "is_wrapped": false},
+        }));
+        assert_eq!(
+            body,
+            json!({
+                "model": "upstream",
+                "instructions": "Be kind.",
+                "input": [],
+                "include": [],
+                "tools": [
+                    {"type": "web_search", "search_context_size": "low"},
+                    {"type": "function", "name": "f", "description": "", "parameters": schema, "strict": true},
+                ],
+                "temperature": 0.5,
+                "top_p": 1.0,
+                "max_output_tokens": 7,
+                "tool_choice": {"type": "function", "name": "f"},
+                "parallel_tool_calls": false,
+                "reasoning": {"effort": "low"},
+                "text": {"format": {"type": "json_schema", "name": "final_output", "schema": schema, "strict": true}},
+                "stream": true,
+            })
+        );
+    }
+
+    #[test]
+    fn tool_choices_are_words_hosted_tools_or_functions() {
+        let tools = json!([{"hosted": {"name": "web_search_2025_08_26", "config": {}}}]);
+        let choice = |choice: &str| sent(json!({"tools": tools, "tool_choice": choice}))["tool_choice"].clone();
+        for word in ["auto", "required", "none"] {
+            assert_eq!(choice(word), json!(word));
+        }
+        for hosted in ["web_search", "file_search", "code_interpreter", "web_search_2025_08_26"] {
+            assert_eq!(choice(hosted), json!({"type": hosted}));
+        }
+        assert_eq!(choice("weather"), json!({"type": "function", "name": "weather"}));
+    }
+
+    #[test]
+    fn the_providers_own_items_go_back_as_they_came() {
+        let reasoning = json!({"id": "rs_1", "type": "reasoning", "summary": [], "encrypted_content": "gAAA"});
+        assert_eq!(input(json!({"type": "reasoning", "text": "", "raw": reasoning})), json!([reasoning]));
+        let search = json!({"id": "ws_1", "type": "web_search_call", "status": "completed", "action": {"query": null}});
+        assert_eq!(input(json!({"type": "hosted_call", "raw": search})), json!([search]));
+        let raw = json!({"id": "msg_1", "type": "message", "content": [], "status": null, "created_by": "x"});
+        let message = json!({"id": "msg_1", "type": "message", "content": []});
+        assert_eq!(input(json!({"type": "assistant", "text": "", "raw": raw})), json!([message]));
+        let raw = json!({"id": "fc_1", "type": "function_call", "call_id": "again", "name": "f", "arguments": ""});
+        let call = json!({"type": "tool_call", "call_id": "ours", "name": "f", "arguments": "", "raw": raw});
+        assert_eq!(input(call)[0]["call_id"], "ours");
+    }
+
+    #[test]
+    fn items_of_chat_completions_are_put_into_its_words() {
+        let text = json!({"type": "output_text", "text": "Hi", "annotations": [], "logprobs": []});
+        let message = json!({"type": "message", "role": "assistant", "status": "completed", "content": [text]});
+        assert_eq!(input(json!({"type": "assistant", "text": "Hi"})), json!([message]));
+        let call = json!({"type": "tool_call", "call_id": "c", "name": "f", "arguments": ""});
+        let expected = json!([{"type": "function_call", "call_id": "c", "name": "f", "arguments": ""}]);
+        assert_eq!(input(call), expected);
+        let output = json!({"type": "tool_output", "call_id": "c", "output": "1"});
+        let expected = json!([{"type": "function_call_output", "call_id": "c", "output": "1"}]);
+        assert_eq!(input(output), expected);
+        let summary = json!({"type": "summary", "text": "Before."});
+        assert_eq!(input(summary), json!([{"role": "assistant", "content": "Before."}]));
+        let origin = json!({"provider_data": {"model": "deepseek", "field": "reasoning_content"}});
+        assert_eq!(input(json!({"type": "reasoning", "text": "hm", "raw": origin})), json!([]));
+        assert_eq!(input(json!({"type": "reasoning", "text": "hm"})), json!([]));
+    }
+}

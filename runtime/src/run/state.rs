@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::nest_history::{last_n, nest, remove_tools};
 use super::texts;
 use super::toolbox::{Target, Toolbox};
-use super::turn::{Call, Turn};
+use super::turn::{Call, Output, Turn};
 use crate::item::{Body, InputItem, Role, RunError, RunErrorCode, Step};
 use crate::spec::{AgentSpec, GuardrailStage, HandoffFilter};
 
@@ -204,8 +204,9 @@ impl State {
     }
 
     fn fold_output(&mut self, call_id: String, step: Step) {
+        let pass = self.decisions.len();
         if let Some(turn) = self.turns.last_mut() {
-            turn.outputs.insert(call_id, step);
+            turn.outputs.insert(call_id, Output { pass, step });
         }
     }
 

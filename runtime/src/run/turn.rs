@@ -22,9 +22,18 @@ pub struct Turn {
     /// Whether the provider ran tools of its own.
     pub has_hosted_calls: bool,
     /// Outputs by call id, however they came.
-    pub outputs: HashMap<String, Step>,
+    pub outputs: HashMap<String, Output>,
     /// Whether a handoff of it filtered what there was, this turn's items included.
     pub is_filtered: bool,
+}
+
+/// An answer to a call.
+#[derive(Debug)]
+pub struct Output {
+    /// How many decisions about calls had come before.
+    pub pass: usize,
+    /// The item.
+    pub step: Step,
 }
 
 /// A call of a response.
@@ -55,18 +64,19 @@ impl Turn {
     }
 
     /// The turn's items as the model is shown them: the response, the tools' outputs in call order, those of missing
-    /// tools, the ignored handoffs, the one that happened.
+    /// tools, the ignored handoffs, the one that happened. Outputs that waited for a decision stand behind those that
+    /// didn't.
     pub fn steps(&self) -> impl Iterator<Item = &Step> + Clone {
-        let mut outputs: Vec<(u8, usize, &Step)> = self
+        let mut outputs: Vec<(usize, u8, usize, &Step)> = self
             .calls
             .iter()
             .filter_map(|call| {
-                let output = self.outputs.get(&call.id)?;
-                Some((self.rank(call, output), call.position, output))
+                let Output { pass, step } = self.outputs.get(&call.id)?;
+                Some((*pass, self.rank(call, step), call.position, step))
             })
             .collect();
-        outputs.sort_by_key(|(rank, position, _)| (*rank, *position));
-        self.response.iter().chain(outputs.into_iter().map(|(_, _, output)| output))
+        outputs.sort_by_key(|(pass, rank, position, _)| (*pass, *rank, *position));
+        self.response.iter().chain(outputs.into_iter().map(|(_, _, _, output)| output))
     }
 
     /// Told from what is stored, since a server's list of tools may have changed since.
@@ -91,7 +101,7 @@ impl Turn {
             return Vec::new();
         }
         self.response.retain(|step| !matches!(step.body, Body::Message { .. }));
-        for step in self.outputs.values_mut() {
+        for Output { step, .. } in self.outputs.values_mut() {
             if let Body::ToolOutput { output, .. } = &mut step.body {
                 *output = texts::WITHHELD.to_owned();
             }
@@ -132,7 +142,7 @@ impl Turn {
 
     /// Whether another agent goes on.
     pub fn was_handed_off(&self) -> bool {
-        self.outputs.values().any(|output| matches!(output.body, Body::Handoff { .. }))
+        self.outputs.values().any(|output| matches!(output.step.body, Body::Handoff { .. }))
     }
 
     /// The output that ends the run by the agent's tool-use behaviour. Only real tools count.
@@ -143,7 +153,7 @@ impl Turn {
             ToolUseBehavior::StopAtTools => self.agent.stop_at_tools.contains(&call.name),
         };
         let call = self.calls.iter().filter(|call| toolbox.target(&call.name).is_tool()).find(stops)?;
-        match &self.outputs.get(&call.id)?.body {
+        match &self.outputs.get(&call.id)?.step.body {
             Body::ToolOutput { output, .. } => Some(output.clone()),
             _ => None,
         }

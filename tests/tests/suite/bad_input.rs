@@ -9,7 +9,7 @@ use crate::calls::{done, finished_run, missing, mutate, new_agent, new_key, refu
 
 on_both!(
     an_agents_fields_are_checked,
-    a_webhook_never_points_inside,
+    no_tool_points_inside,
     a_runs_fields_are_checked,
     a_keys_fields_are_checked,
     a_tenants_fields_are_checked,
@@ -52,8 +52,34 @@ async fn an_agents_fields_are_checked(builder: TestAppBuilder) {
         let base = json!({"name": "look_up", "description": "Looks up.", "url": "https://example.com/hook"});
         json!([{"webhook": with(&base, field, value)}])
     };
+    let agent_tool = |field: &str, value: Value| {
+        let base = json!({"name": "ask", "description": "Asks.", "agentId": own});
+        json!([{"agent": with(&base, field, value)}])
+    };
+    let mcp = |field: &str, value: Value| {
+        let base = json!({"name": "Server", "url": "https://example.com/mcp"});
+        json!([{"mcp": with(&base, field, value)}])
+    };
+    let hosted = |field: &str, value: Value| json!([{"hosted": with(&json!({"name": "web_search"}), field, value)}]);
+    let guardrail = |field: &str, value: Value| {
+        let base = json!({"name": "Guard", "stage": "INPUT", "rule": {"maxLength": 5}});
+        json!([with(&base, field, value)])
+    };
+    let with_stage = |stage: &str, fields: Value| {
+        let mut guardrail = json!({"name": "Guard", "stage": stage, "rule": {"maxLength": 5}});
+        guardrail.as_object_mut().expect("an object").extend(fields.as_object().expect("fields").clone());
+        json!([guardrail])
+    };
+    let rule = |kind: &str, value: Value| guardrail("rule", json!({ kind: value }));
+    let many_guardrails: Vec<Value> =
+        (0..65).map(|at| json!({"name": format!("g{at}"), "stage": "INPUT", "rule": {"maxLength": 5}})).collect();
     let settings = |field: &str, value: Value| json!({ field: value });
     let handoff = |field: &str, value: Value| json!([with(&json!({"agentId": own}), field, value)]);
+    let filtered = |fields: Value| {
+        let mut handoff = json!({"agentId": own});
+        handoff.as_object_mut().expect("an object").extend(fields.as_object().expect("fields").clone());
+        json!([handoff])
+    };
     let token = "tok-2c8e4fb7 with a space";
     let many_tools: Vec<Value> = (0..129)
         .map(|at| json!({"webhook": {"name": format!("t{at}"), "description": "", "url": "https://example.com/"}}))
@@ -131,15 +157,40 @@ async fn an_agents_fields_are_checked(builder: TestAppBuilder) {
         ("tools", webhook("token", json!("line\r\nbreak")), "INVALID", "tools.0.webhook.token"),
         ("tools", webhook("token", json!("")), "INVALID", "tools.0.webhook.token"),
         ("tools", webhook("token", json!("x".repeat(4_097))), "INVALID", "tools.0.webhook.token"),
-        ("tools", webhook("needsApproval", json!(true)), "NOT_SUPPORTED_YET", "tools.0.webhook.needsApproval"),
+        ("tools", webhook("parameters", json!({"pattern": "(?=a)"})), "INVALID", "tools.0.webhook.parameters"),
+        ("tools", agent_tool("name", json!("")), "INVALID", "tools.0.agent.name"),
+        ("tools", agent_tool("name", json!("no spaces")), "INVALID", "tools.0.agent.name"),
+        ("tools", agent_tool("description", json!(long(1_025))), "INVALID", "tools.0.agent.description"),
+        ("tools", agent_tool("agentId", json!("")), "NOT_FOUND", "tools.0.agent.agentId"),
+        ("tools", agent_tool("agentId", json!("nonsense\u{0}")), "NOT_FOUND", "tools.0.agent.agentId"),
+        ("tools", agent_tool("agentId", json!(missing("agt"))), "NOT_FOUND", "tools.0.agent.agentId"),
+        ("tools", agent_tool("agentId", json!(foreign)), "NOT_FOUND", "tools.0.agent.agentId"),
+        ("tools", agent_tool("agentId", json!(deleted)), "NOT_FOUND", "tools.0.agent.agentId"),
+        ("tools", agent_tool("maxTurns", json!(0)), "INVALID", "tools.0.agent.maxTurns"),
+        ("tools", agent_tool("maxTurns", json!(-1)), "INVALID", "tools.0.agent.maxTurns"),
+        ("tools", agent_tool("maxTurns", json!(1_001)), "INVALID", "tools.0.agent.maxTurns"),
+        ("tools", mcp("name", json!("")), "INVALID", "tools.0.mcp.name"),
+        ("tools", mcp("name", json!(long(101))), "INVALID", "tools.0.mcp.name"),
+        ("tools", mcp("name", json!("a\u{0}b")), "INVALID", "tools.0.mcp.name"),
+        ("tools", mcp("token", json!(token)), "INVALID", "tools.0.mcp.token"),
+        ("tools", mcp("token", json!("")), "INVALID", "tools.0.mcp.token"),
+        ("tools", mcp("allowedTools", json!(["fine", "no spaces"])), "INVALID", "tools.0.mcp.allowedTools.1"),
+        ("tools", mcp("allowedTools", json!(["a", "b", "a"])), "DUPLICATE", "tools.0.mcp.allowedTools.2"),
         (
             "tools",
-            json!([{"agent": {"name": "a", "description": "", "agentId": own}}]),
-            "NOT_SUPPORTED_YET",
-            "tools.0.agent",
+            mcp("allowedTools", (0..129).map(|at| json!(format!("t{at}"))).collect()),
+            "LIMIT_EXCEEDED",
+            "tools.0.mcp.allowedTools",
         ),
-        ("tools", json!([{"mcp": {"name": "a", "url": "https://example.com/"}}]), "NOT_SUPPORTED_YET", "tools.0.mcp"),
-        ("tools", json!([{"hosted": {"name": "web_search"}}]), "NOT_SUPPORTED_YET", "tools.0.hosted"),
+        ("tools", hosted("name", json!("")), "INVALID", "tools.0.hosted.name"),
+        ("tools", hosted("name", json!("web search")), "INVALID", "tools.0.hosted.name"),
+        ("tools", hosted("name", json!("function")), "INVALID", "tools.0.hosted.name"),
+        ("tools", hosted("name", json!("local_shell")), "INVALID", "tools.0.hosted.name"),
+        ("tools", hosted("config", json!([])), "INVALID", "tools.0.hosted.config"),
+        ("tools", hosted("config", json!("web_search")), "INVALID", "tools.0.hosted.config"),
+        ("tools", hosted("config", json!({"type": "function"})), "INVALID", "tools.0.hosted.config.type"),
+        ("tools", hosted("config", json!({"a": ["b\u{0}"]})), "INVALID", "tools.0.hosted.config"),
+        ("tools", hosted("config", json!({"a": "x".repeat(65_536)})), "INVALID", "tools.0.hosted.config"),
         ("handoffs", json!(many_handoffs), "LIMIT_EXCEEDED", "handoffs"),
         ("handoffs", handoff("agentId", json!("")), "NOT_FOUND", "handoffs.0.agentId"),
         ("handoffs", handoff("agentId", json!("nonsense\u{0}")), "NOT_FOUND", "handoffs.0.agentId"),
@@ -149,19 +200,68 @@ async fn an_agents_fields_are_checked(builder: TestAppBuilder) {
         ("handoffs", handoff("agentId", json!(deleted)), "NOT_FOUND", "handoffs.0.agentId"),
         ("handoffs", handoff("toolName", json!("no spaces")), "INVALID", "handoffs.0.toolName"),
         ("handoffs", handoff("toolDescription", json!(long(1_025))), "INVALID", "handoffs.0.toolDescription"),
-        ("handoffs", handoff("inputFilter", json!("REMOVE_TOOLS")), "NOT_SUPPORTED_YET", "handoffs.0.inputFilter"),
-        ("handoffs", handoff("lastN", json!(2)), "NOT_SUPPORTED_YET", "handoffs.0.lastN"),
-        ("handoffs", handoff("nestHistory", json!(true)), "NOT_SUPPORTED_YET", "handoffs.0.nestHistory"),
+        ("handoffs", handoff("inputFilter", json!("LAST_N")), "INVALID", "handoffs.0.lastN"),
+        ("handoffs", handoff("lastN", json!(2)), "INVALID", "handoffs.0.lastN"),
+        ("handoffs", filtered(json!({"inputFilter": "REMOVE_TOOLS", "lastN": 2})), "INVALID", "handoffs.0.lastN"),
+        ("handoffs", filtered(json!({"inputFilter": "LAST_N", "lastN": 0})), "INVALID", "handoffs.0.lastN"),
+        ("handoffs", filtered(json!({"inputFilter": "LAST_N", "lastN": -1})), "INVALID", "handoffs.0.lastN"),
+        ("handoffs", filtered(json!({"inputFilter": "LAST_N", "lastN": 1_001})), "INVALID", "handoffs.0.lastN"),
+        (
+            "handoffs",
+            filtered(json!({"inputFilter": "REMOVE_TOOLS", "nestHistory": true})),
+            "INVALID",
+            "handoffs.0.nestHistory",
+        ),
         ("handoffDescription", json!(long(1_025)), "INVALID", "handoffDescription"),
         ("handoffDescription", json!("\u{0}"), "INVALID", "handoffDescription"),
+        ("guardrails", json!(many_guardrails), "LIMIT_EXCEEDED", "guardrails"),
+        ("guardrails", guardrail("name", json!("")), "INVALID", "guardrails.0.name"),
+        ("guardrails", guardrail("name", json!(long(101))), "INVALID", "guardrails.0.name"),
+        ("guardrails", guardrail("name", json!("a\u{0}b")), "INVALID", "guardrails.0.name"),
+        ("guardrails", json!([many_guardrails[1], many_guardrails[1]]), "DUPLICATE", "guardrails.1.name"),
+        ("guardrails", guardrail("tool", json!("look_up")), "INVALID", "guardrails.0.tool"),
+        ("guardrails", with_stage("TOOL_INPUT", json!({"tool": "no spaces"})), "INVALID", "guardrails.0.tool"),
+        ("guardrails", with_stage("OUTPUT", json!({"parallel": true})), "INVALID", "guardrails.0.parallel"),
+        ("guardrails", with_stage("TOOL_INPUT", json!({"parallel": true})), "INVALID", "guardrails.0.parallel"),
+        ("guardrails", rule("maxLength", json!(0)), "INVALID", "guardrails.0.rule.maxLength"),
+        ("guardrails", rule("maxLength", json!(-5)), "INVALID", "guardrails.0.rule.maxLength"),
+        ("guardrails", rule("maxLength", json!(10_000_001)), "INVALID", "guardrails.0.rule.maxLength"),
+        ("guardrails", rule("regex", json!({"pattern": ""})), "INVALID", "guardrails.0.rule.regex.pattern"),
+        ("guardrails", rule("regex", json!({"pattern": "("})), "INVALID", "guardrails.0.rule.regex.pattern"),
+        ("guardrails", rule("regex", json!({"pattern": "a\u{0}"})), "INVALID", "guardrails.0.rule.regex.pattern"),
+        // What no engine matches in linear time, or in bounded memory.
+        ("guardrails", rule("regex", json!({"pattern": "(?=a)b"})), "INVALID", "guardrails.0.rule.regex.pattern"),
+        ("guardrails", rule("regex", json!({"pattern": r"(a)\1"})), "INVALID", "guardrails.0.rule.regex.pattern"),
         (
             "guardrails",
-            json!([{"name": "g", "stage": "INPUT", "rule": {"maxLength": 5}}]),
-            "NOT_SUPPORTED_YET",
-            "guardrails",
+            rule("regex", json!({"pattern": "((a{1000}){1000}){1000}"})),
+            "INVALID",
+            "guardrails.0.rule.regex.pattern",
         ),
-        ("outputSchema", json!({"type": "object"}), "NOT_SUPPORTED_YET", "outputSchema"),
-        ("fallbackModels", json!(["demo"]), "NOT_SUPPORTED_YET", "fallbackModels"),
+        (
+            "guardrails",
+            rule("regex", json!({"pattern": "a".repeat(4_097)})),
+            "INVALID",
+            "guardrails.0.rule.regex.pattern",
+        ),
+        ("guardrails", rule("jsonSchema", json!([])), "INVALID", "guardrails.0.rule.jsonSchema"),
+        ("guardrails", rule("jsonSchema", json!({"type": "objekt"})), "INVALID", "guardrails.0.rule.jsonSchema"),
+        ("guardrails", rule("agentId", json!("")), "NOT_FOUND", "guardrails.0.rule.agentId"),
+        ("guardrails", rule("agentId", json!(missing("agt"))), "NOT_FOUND", "guardrails.0.rule.agentId"),
+        ("guardrails", rule("agentId", json!(foreign)), "NOT_FOUND", "guardrails.0.rule.agentId"),
+        ("guardrails", rule("agentId", json!(deleted)), "NOT_FOUND", "guardrails.0.rule.agentId"),
+        ("outputSchema", json!([]), "INVALID", "outputSchema"),
+        ("outputSchema", json!(true), "INVALID", "outputSchema"),
+        ("outputSchema", json!({"type": "objekt"}), "INVALID", "outputSchema"),
+        ("outputSchema", json!({"$ref": "#/nowhere"}), "INVALID", "outputSchema"),
+        ("outputSchema", json!({"$ref": "https://example.com/s.json"}), "INVALID", "outputSchema"),
+        ("outputSchema", json!({"pattern": "(?<!a)b"}), "INVALID", "outputSchema"),
+        ("outputSchema", json!({"title": "a\u{0}b"}), "INVALID", "outputSchema"),
+        ("outputSchema", json!({"title": "x".repeat(65_536)}), "INVALID", "outputSchema"),
+        ("fallbackModels", json!(["gpt-99"]), "UNKNOWN_MODEL", "fallbackModels.0"),
+        ("fallbackModels", json!(["gpt-4o", ""]), "UNKNOWN_MODEL", "fallbackModels.1"),
+        ("fallbackModels", json!(["demo"]), "DUPLICATE", "fallbackModels.0"),
+        ("fallbackModels", json!(["gpt-4o", "gpt-4.1", "gpt-4o"]), "DUPLICATE", "fallbackModels.2"),
         ("stopAtTools", json!(["no spaces"]), "INVALID", "stopAtTools.0"),
         ("stopAtTools", json!(["good", ""]), "INVALID", "stopAtTools.1"),
         ("stopAtTools", json!(vec!["t"; 129]), "LIMIT_EXCEEDED", "stopAtTools"),
@@ -208,29 +308,37 @@ async fn an_agents_fields_are_checked(builder: TestAppBuilder) {
     }
     // Several problems come together, each with its path; and of a graph at its publish.
     let several = json!({"name": "", "model": "none", "instructions": "", "maxTurns": 0, "guardrails": [{
-        "name": "g", "stage": "INPUT", "rule": {"maxLength": 5}}]});
+        "name": "g", "stage": "INPUT", "rule": {"maxLength": 0}}]});
     let several = mutate(&tenant.client, "createAgent", several).await;
     let mut found: Vec<String> = refusals(&several, "createAgent").into_iter().map(|(_, field)| field).collect();
     found.sort();
-    assert_eq!(found, ["guardrails", "maxTurns", "model", "name"]);
+    assert_eq!(found, ["guardrails.0.rule.maxLength", "maxTurns", "model", "name"]);
     let tool = json!({"webhook": {"name": "same", "description": "", "url": "https://example.com/"}});
     let collision = with(&with(&create, "tools", json!([tool, tool])), "publish", json!(true));
     let collision = mutate(&tenant.client, "createAgent", collision).await;
     assert_eq!(refusals(&collision, "createAgent")[0].0, "NAME_COLLISION", "{}", collision.body);
-    // An empty list of what is not supported asks for nothing; so far nothing was stored.
+    let fallbacks = with(&create, "fallbackModels", json!(vec!["demo"; 9]));
+    let fallbacks = mutate(&tenant.client, "createAgent", fallbacks).await;
+    let too_many = ("LIMIT_EXCEEDED".to_owned(), "fallbackModels".to_owned());
+    assert!(refusals(&fallbacks, "createAgent").contains(&too_many), "{}", fallbacks.body);
+    // So far nothing was stored.
     assert_eq!(stored(&app, &tenant).await, before);
     let empty = json!({"agentId": own, "guardrails": [], "fallbackModels": [], "outputSchema": null, "tools": [], "handoffs": []});
     done(&tenant.client, "updateAgent", empty).await;
     assert!(!app.log().contains("tok-2c8e4fb7"), "a token is in the log");
 }
 
-async fn a_webhook_never_points_inside(builder: TestAppBuilder) {
+async fn no_tool_points_inside(builder: TestAppBuilder) {
     let app = builder.env("CLOISTER_WEBHOOKS__ALLOWED_HOSTS", "hooks.internal,10.9.8.7:8443").start().await;
     let tenant = app.tenant("alpha").await;
-    let create = |url: &str| {
-        let tool = json!({"webhook": {"name": "t", "description": "", "url": url}});
+    let create = |kind: &str, url: &str| {
+        let tool = match kind {
+            "webhook" => json!({"webhook": {"name": "t", "description": "", "url": url}}),
+            _ => json!({"mcp": {"name": "Server", "url": url}}),
+        };
         json!({"name": "Agent", "model": "demo", "instructions": "", "tools": [tool]})
     };
+    let kinds = [("webhook", "tools.0.webhook.url"), ("mcp", "tools.0.mcp.url")];
     let before = stored(&app, &tenant).await;
     let too_long = format!("https://example.com/{}", "x".repeat(2_048));
     for url in [
@@ -281,21 +389,27 @@ async fn a_webhook_never_points_inside(builder: TestAppBuilder) {
         "not a URL",
         &too_long,
     ] {
-        assert_refused(&tenant.client, "createAgent", create(url), "INVALID", "tools.0.webhook.url").await;
+        for (kind, field) in kinds {
+            assert_refused(&tenant.client, "createAgent", create(kind, url), "INVALID", field).await;
+        }
     }
     // An empty one, or one with NUL, is wrong in more than one way.
     for url in ["", " ", "https://\u{0}.example.com/", "https://example.com/\u{0}"] {
-        let refused = mutate(&tenant.client, "createAgent", create(url)).await;
-        let found = refusals(&refused, "createAgent");
-        let named = ("INVALID".to_owned(), "tools.0.webhook.url".to_owned());
-        assert!(!found.is_empty() && found.iter().all(|refusal| *refusal == named), "{url:?}: {found:?}");
+        for (kind, field) in kinds {
+            let refused = mutate(&tenant.client, "createAgent", create(kind, url)).await;
+            let found = refusals(&refused, "createAgent");
+            let named = ("INVALID".to_owned(), field.to_owned());
+            assert!(!found.is_empty() && found.iter().all(|refusal| *refusal == named), "{url:?}: {found:?}");
+        }
     }
     assert_eq!(stored(&app, &tenant).await, before);
     assert!(!app.log().contains("secret-pass"), "a password is in the log");
     for url in
         ["https://example.com/hook", "http://8.8.8.8:81/x?y=z", "http://hooks.internal/", "https://10.9.8.7:8443/x"]
     {
-        done(&tenant.client, "createAgent", create(url)).await;
+        for (kind, _) in kinds {
+            done(&tenant.client, "createAgent", create(kind, url)).await;
+        }
     }
 }
 
@@ -342,7 +456,21 @@ async fn a_runs_fields_are_checked(builder: TestAppBuilder) {
         ("idempotencyKey", json!(""), "INVALID", "idempotencyKey"),
         ("idempotencyKey", json!(long(256)), "INVALID", "idempotencyKey"),
         ("idempotencyKey", json!("\u{0}"), "INVALID", "idempotencyKey"),
-        ("variables", json!({}), "NOT_SUPPORTED_YET", "variables"),
+        ("historyLimit", json!(-1), "INVALID", "historyLimit"),
+        ("historyLimit", json!(100_001), "INVALID", "historyLimit"),
+        ("variables", json!([]), "INVALID", "variables"),
+        ("variables", json!("a"), "INVALID", "variables"),
+        ("variables", json!({"": "x"}), "INVALID", "variables"),
+        ("variables", json!({"1a": "x"}), "INVALID", "variables"),
+        ("variables", json!({"a.b": "x"}), "INVALID", "variables"),
+        ("variables", json!({"a": null}), "INVALID", "variables.a"),
+        ("variables", json!({"a": ["x"]}), "INVALID", "variables.a"),
+        ("variables", json!({"a": {"b": "x"}}), "INVALID", "variables.a"),
+        ("variables", json!({"a": "\u{0}"}), "INVALID", "variables.a"),
+        ("variables", json!({"a": long(20_001)}), "INVALID", "variables.a"),
+        ("variables", (0..101).map(|at| (format!("v{at}"), json!(at))).collect(), "LIMIT_EXCEEDED", "variables"),
+        // The instructions have none.
+        ("variables", json!({"a": "x"}), "INVALID", "variables.a"),
     ] {
         assert_refused(&tenant.client, "startRun", with(&start, field, value), code, path).await;
     }

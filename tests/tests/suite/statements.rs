@@ -77,7 +77,17 @@ async fn the_number_of_statements_does_not_depend_on_the_number_of_rows(app: Tes
         granted(mutate(&admin, "createTenant", "CreateTenantInput", "tenant { id }", input).await)
     });
     join_all(tenants).await;
-    let cases: [(&Client, &str, &str); 4] = [
+    // Drafts that lead to others in every way.
+    let drafts = agents.iter().map(async |agent| {
+        let fields = json!({
+            "tools": [{"agent": {"name": "ask", "description": "", "agentId": target}}],
+            "guardrails": [{"name": "judge", "stage": "INPUT", "rule": {"agentId": target}}],
+            "fallbackModels": ["gpt-4o", "demo"],
+        });
+        update_agent(client, agent, fields).await;
+    });
+    join_all(drafts).await;
+    let cases: [(&Client, &str, &str); 5] = [
         (
             client,
             "runs",
@@ -85,6 +95,12 @@ async fn the_number_of_statements_does_not_depend_on_the_number_of_rows(app: Tes
              items(first: 3) { nodes { sequence } }",
         ),
         (client, "agents", "versions { nodes { reaches { id } } } handoffs { agent { name } toolName }"),
+        (
+            client,
+            "agents",
+            "fallbackModels { name } tools { ... on AgentTool { agent { name } } }
+             guardrails { rule { ... on AgentRule { agent { name } } } }",
+        ),
         (client, "conversations", "messages { nodes { agentName } } runs { nodes { id } }"),
         (
             &admin,

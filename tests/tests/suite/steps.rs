@@ -9,17 +9,20 @@ use cloister_tests::{Client, ModelServer, PATIENCE, Tenant, TestApp, ToolServer}
 use serde_json::{Value, json};
 
 /// `Run` with what the tests look at.
-pub const RUN: &str = "id status input output turns error { code message } agent { id name } agentVersion { version }
-    currentAgent { name } conversation { id } usage { requests totalTokens } startedAt finishedAt";
+pub const RUN: &str = "id status input output outputJson turns error { code message } agent { id name }
+    agentVersion { version } currentAgent { name } conversation { id } usage { requests totalTokens }
+    pendingApprovals { callId name arguments argumentsHash agentName scope } startedAt finishedAt";
 
 /// `RunItem` with everything, as the fragment `Item`.
 pub const ITEM: &str = "fragment Item on RunItem {
-    __typename sequence agentName turn
+    __typename sequence agentName turn scope
     ... on MessageItem { part: index role text }
     ... on ReasoningItem { index text }
     ... on ToolCallItem { index callId name arguments argumentsHash }
     ... on ToolOutputItem { callId output isError }
     ... on HandoffItem { callId toAgentName }
+    ... on ApprovalItem { callId approved }
+    ... on GuardrailItem { name stage reason }
     ... on UsageItem { model usage { totalTokens } }
     ... on StatusItem { status error { code message } }
 }";

@@ -274,7 +274,7 @@ mod tests {
 
     #[test]
     fn parts_have_their_places() {
-        let mut assembly = Assembly::default();
+        let mut assembly = Assembly { upstream_model: "m".to_owned(), ..Assembly::default() };
         let calls = json!([{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]);
         assembly.add(&delta(json!({"tool_calls": calls, "refusal": "no"}))).unwrap();
         assembly.add(&delta(json!({"content": "hi", "reasoning": "hm"}))).unwrap();
@@ -282,8 +282,12 @@ mod tests {
         assert_eq!(
             assembly.into_parts(),
             [
-                Part::Reasoning { index: 0, text: "hmm".to_owned(), raw: None },
-                Part::Message { index: 1, text: "hi".to_owned(), raw: None },
+                Part::Reasoning {
+                    index: 0,
+                    text: "hmm".to_owned(),
+                    raw: Some(json!({"provider_data": {"model": "m", "field": "reasoning_content"}})),
+                },
+                Part::Message { index: 1, text: "hi".to_owned(), raw: Some(message_item("hi", "no")) },
                 Part::Refusal { text: "no".to_owned() },
                 Part::ToolCall {
                     index: 2,

@@ -158,7 +158,29 @@ async fn an_answer_streams_and_completes() {
     assert!(head.contains(&format!("\r\nauthorization: bearer {KEY}")), "{head}");
     assert!(head.contains("\r\nuser-agent: cloister/"), "{head}");
     let body: Value = serde_json::from_str(body).unwrap();
-    assert_eq!(body, chat::body("upstream", &self::request()));
+    assert_eq!(body, chat::body("upstream", &self::request(), None).unwrap());
+}
+
+#[tokio::test]
+async fn a_response_streams_and_completes() {
+    let item = r#"{"id":"msg_1","type":"message","role":"assistant","content":[{"type":"output_text","text":"Hi"}]}"#;
+    let events = format!(
+        "event: response.output_text.delta\ndata: {{\"type\":\"response.output_text.delta\",\"output_index\":0,\"delta\":\"Hi\"}}\n\n\
+         data: {{\"type\":\"response.completed\",\"response\":{{\"output\":[{item}]}}}}\n\n"
+    );
+    let server = serve(format!("{SSE}\r\n{events}"), Then::Close).await;
+    let answer = provider(server.url).send(ProviderApi::Responses, "upstream", &request()).await.unwrap();
+    let events: Vec<_> = answer.events.map(Result::unwrap).collect().await;
+    let raw = serde_json::from_str::<Value>(item).ok();
+    let parts = vec![Part::Message { index: 0, text: "Hi".to_owned(), raw }];
+    let completion = Completion { parts, finish: Finish::Stop, usage: None };
+    let text = AnswerEvent::Text { index: 0, text: "Hi".to_owned() };
+    assert_eq!(events, [text, AnswerEvent::Complete(completion)]);
+    let request = server.request.await.unwrap();
+    let (head, body) = request.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("POST /v1/responses HTTP/1.1\r\n"), "{head}");
+    let body: Value = serde_json::from_str(body).unwrap();
+    assert_eq!(body, responses::body("upstream", &self::request()));
 }
 
 #[tokio::test]
@@ -203,10 +225,13 @@ async fn an_error_in_the_stream_is_a_cut() {
 async fn what_cannot_be_parsed_is_a_cut() {
     for garbage in ["data: {\"choices\": [\n\n", "data: {\"x\": \"\\ud800\"}\n\n", "data: 1e999\n\n"] {
         let (_, cut) = answer_to(&format!("{HELLO}{garbage}{STOP}{DONE}"), Then::Close).await;
-        assert_eq!(cut.unwrap().reason, "the provider sent an event that is no JSON");
+        assert_eq!(cut.unwrap().reason, Cut::broken("the provider sent an event that is no JSON", Vec::new()).reason);
     }
     let (_, cut) = answer_to("{\"choices\": []}", Then::Close).await;
-    assert_eq!(cut.unwrap().reason, "the provider ended its answer before it was complete");
+    assert_eq!(
+        cut.unwrap().reason,
+        Cut::broken("the provider ended its answer before it was complete", Vec::new()).reason
+    );
 }
 
 #[tokio::test]
@@ -222,13 +247,13 @@ async fn events_may_span_lines_and_be_any_json() {
 async fn bytes_and_silence_are_bounded() {
     let long = format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"{}\"}}}}]}}\n\n", "x".repeat(1000));
     let (events, cut) = answer_to(&long.repeat(100), Then::Stay).await;
-    assert_eq!(cut.unwrap().reason, "the answer is larger than 65536 bytes");
+    assert_eq!(cut.unwrap().reason, Cut::broken("the answer is larger than 65536 bytes", Vec::new()).reason);
     assert!(events.len() < 66);
 
     let server = serve(format!("{SSE}\r\n{HELLO}"), Then::Stay).await;
     let silent = HttpProviderConfig { idle_timeout: Duration::from_millis(50), ..config(server.url) };
     let (_, cut) = ask(&HttpProvider::new(silent).unwrap()).await;
-    assert_eq!(cut.unwrap().reason, "the provider sent nothing for 0.05 s");
+    assert_eq!(cut.unwrap().reason, Cut::broken("the provider sent nothing for 0.05 s", Vec::new()).reason);
 }
 
 #[tokio::test]
@@ -280,7 +305,7 @@ async fn without_a_connection_nothing_was_charged() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = Url::parse(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
     drop(listener);
-    let error = provider(url).send("upstream", &request()).await.err().unwrap();
+    let error = provider(url).send(ProviderApi::Chat, "upstream", &request()).await.err().unwrap();
     assert!(matches!(error, SendError::Retryable { retry_after: None, .. }), "{error:?}");
 }
 
@@ -291,7 +316,7 @@ async fn a_request_without_a_status_may_have_been_charged() {
 
     let server = serve("", Then::Stay).await;
     let slow = HttpProviderConfig { first_byte_timeout: Duration::from_millis(50), ..config(server.url) };
-    let error = HttpProvider::new(slow).unwrap().send("upstream", &request()).await.err().unwrap();
+    let error = HttpProvider::new(slow).unwrap().send(ProviderApi::Chat, "upstream", &request()).await.err().unwrap();
     assert_eq!(error, SendError::Unknown { message: "acme did not answer within 0.05 s".to_owned() });
 }
 
