@@ -108,7 +108,7 @@ fn in_order(items: &Value) -> Vec<Value> {
     sorted
 }
 
-/// Our items as the SDK has them after a handoff that removes tools: it forgets what the journal keeps.
+/// Our items as the SDK has them after a handoff that removes tools: of its turn it forgets what the journal keeps.
 fn items_without_filtered(scenario: &Scenario, items: Vec<Value>) -> Vec<Value> {
     let removes_tools = |from: &Value, to: &Value| {
         let named = |name: &Value| scenario.agents.iter().find(|(key, agent)| agent.name.as_ref().unwrap_or(key) == name);
@@ -119,10 +119,10 @@ fn items_without_filtered(scenario: &Scenario, items: Vec<Value>) -> Vec<Value> 
     };
     let mut kept = Vec::new();
     for item in items {
-        let is_filter = item["kind"] == "handoff" && removes_tools(&item["agent"], &item["to"]);
+        let filtered = (item["kind"] == "handoff" && removes_tools(&item["agent"], &item["to"])).then(|| item["turn"].clone());
         kept.push(item);
-        if is_filter {
-            kept.retain(|item: &Value| item["kind"] == "message");
+        if let Some(turn) = filtered {
+            kept.retain(|item: &Value| item["kind"] == "message" || item["turn"] != turn);
         }
     }
     kept

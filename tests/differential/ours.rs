@@ -124,7 +124,6 @@ impl Stage<'_> {
     /// Follows a run to its end, deciding what the scenario decides at each pause; its last state, and the pauses.
     async fn follow(&self, id: &str, run: &Run) -> (Value, Vec<Value>) {
         let (mut pauses, mut decided) = (Vec::new(), HashSet::new());
-        let mut decisions = run.decisions.iter();
         let begun = Instant::now();
         loop {
             assert!(begun.elapsed() < PATIENCE, "the run does not end; it is {}", self.state(id).await);
@@ -139,11 +138,13 @@ impl Stage<'_> {
             }
             let pending = state["pendingApprovals"].as_array().expect("approvals").clone();
             let shown = |call: &Value| json!({"call": call["callId"], "name": call["name"], "arguments": call["arguments"]});
+            let calls: Vec<String> = pending.iter().map(|call| call["callId"].as_str().expect("an id").to_owned()).collect();
+            let decisions = run.decisions_at(pauses.len(), &calls, decided.len());
             pauses.push(pending.iter().map(shown).collect());
-            let Some(decisions) = decisions.next() else { return (state, pauses) };
+            let Some(decisions) = decisions else { return (state, pauses) };
             for decision in decisions {
-                self.decide(id, &pending, decision).await;
-                decided.insert(decision.call.clone());
+                self.decide(id, &pending, &decision).await;
+                decided.insert(decision.call);
             }
         }
     }

@@ -218,6 +218,9 @@ pub struct Run {
     /// What is decided at each pause.
     #[serde(default, skip_serializing_if = "is_default")]
     pub decisions: Vec<Vec<Decision>>,
+    /// What is decided about whatever waits, one after the other and again from the start, in place of `decisions`.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub decide_in_turn: Vec<Decision>,
     /// At each pause the SDK's state goes through JSON, as over a restart.
     #[serde(default, skip_serializing_if = "is_default")]
     pub restart: bool,
@@ -227,7 +230,8 @@ pub struct Run {
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct Decision {
-    /// The call's id.
+    /// The call's id; empty in `decideInTurn`.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub call: String,
     /// Yes or no.
     pub approve: bool,
@@ -237,6 +241,27 @@ pub struct Decision {
     /// What the model is told in place of the output.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+}
+
+impl Run {
+    /// What is decided at a pause, the first being 0, about calls of these ids; none: nobody decides. `decided` is how
+    /// many calls were decided before.
+    pub fn decisions_at(&self, pause: usize, pending: &[String], decided: usize) -> Option<Vec<Decision>> {
+        if self.decide_in_turn.is_empty() {
+            return self.decisions.get(pause).cloned();
+        }
+        let mut calls = pending.to_vec();
+        calls.sort();
+        // A decision for all would settle the others that wait.
+        let alone = calls.len() == 1;
+        let decisions = self.decide_in_turn.iter().cycle().skip(decided % self.decide_in_turn.len());
+        let of_call = |(call, decision): (String, &Decision)| Decision {
+            call,
+            always: decision.always && alone,
+            ..decision.clone()
+        };
+        Some(calls.into_iter().zip(decisions).map(of_call).collect())
+    }
 }
 
 impl Scenario {

@@ -5,7 +5,6 @@ Reads one JSON object a line, `{"id", "scenario", "api", "model_url", "tools_url
 """
 
 import asyncio
-import dataclasses
 import json
 import re
 import sys
@@ -14,15 +13,16 @@ import traceback
 import httpx2
 import jsonschema
 import openai
+import pydantic_core
 from agents import (
     Agent,
-    AgentOutputSchemaBase,
     CodeInterpreterTool,
     FunctionTool,
     GuardrailFunctionOutput,
     ImageGenerationTool,
     InputGuardrail,
     InputGuardrailTripwireTriggered,
+    ItemHelpers,
     MaxTurnsExceeded,
     ModelBehaviorError,
     ModelRefusalError,
@@ -54,34 +54,31 @@ from openai.types.shared import Reasoning
 UPSTREAM = "scripted-1"
 
 
-class OutputSchema(AgentOutputSchemaBase):
-    """`AgentOutputSchema` for a type that is known by its JSON Schema: wrapped and made strict as there."""
+def output_type(schema):
+    """A type that is known by its JSON Schema, for the SDK's own `AgentOutputSchema`."""
 
-    def __init__(self, schema):
-        self.wrapped = schema.get("type") != "object"
-        if self.wrapped:
-            schema = {"type": "object", "properties": {"response": schema}, "required": ["response"]}
-        self.schema = ensure_strict_json_schema(schema)
+    def validated(value):
+        jsonschema.validate(value, strict)
+        return value
 
-    def is_plain_text(self):
-        return False
+    strict = ensure_strict_json_schema(json.loads(json.dumps(schema)))
 
-    def name(self):
-        return "output"
+    def core_schema(_source, _handler):
+        def check(value):
+            try:
+                return validated(value)
+            except jsonschema.ValidationError as error:
+                raise ValueError(error.message) from error
 
-    def json_schema(self):
-        return self.schema
+        return pydantic_core.core_schema.no_info_plain_validator_function(check)
 
-    def is_strict_json_schema(self):
-        return True
+    def json_schema(_core_schema, _handler):
+        return json.loads(json.dumps(schema))
 
-    def validate_json(self, json_str):
-        try:
-            value = json.loads(json_str)
-            jsonschema.validate(value, self.schema)
-        except (ValueError, jsonschema.ValidationError) as error:
-            raise ModelBehaviorError(f"Invalid JSON: {error}") from error
-        return value["response"] if self.wrapped else value
+    # What is an object stands for itself, anything else the SDK wraps.
+    base = dict if schema.get("type") == "object" else object
+    hooks = {"__get_pydantic_core_schema__": core_schema, "__get_pydantic_json_schema__": json_schema}
+    return type("Output", (base,), {name: staticmethod(hook) for name, hook in hooks.items()})
 
 
 class Play:
@@ -121,11 +118,11 @@ class Play:
         template = definition.get("instructions", f"You are {key}.")
         return Agent(
             name=definition.get("name", key),
-            instructions=lambda _context, _agent: self.filled_in(template),
+            instructions=(lambda _context, _agent: self.filled_in(template)) if template else None,
             handoff_description=definition.get("handoffDescription"),
             model=self.model,
             model_settings=settings(definition.get("modelSettings") or {}, self.scenario.get("stream")),
-            output_type=OutputSchema(schema) if schema is not None else None,
+            output_type=output_type(schema) if schema is not None else None,
             tool_use_behavior=behaviour,
             reset_tool_choice=definition.get("resetToolChoice", True),
         )
@@ -142,6 +139,7 @@ class Play:
             made = self.agents[fields["agent"]].as_tool(
                 tool_name=fields["name"],
                 tool_description=fields["description"],
+                custom_output_extractor=self.extractor(fields["agent"]),
                 max_turns=fields.get("maxTurns"),
                 needs_approval=fields.get("needsApproval", False),
             )
@@ -165,6 +163,14 @@ class Play:
             if guardrail["stage"] == "TOOL_OUTPUT"
         ]
         return made
+
+    def extractor(self, key):
+        """A structured output goes on as the text that it was, not as Python writes a value."""
+
+        async def text(result):
+            return final_text(result)
+
+        return text if self.scenario["agents"][key].get("outputSchema") is not None else None
 
     def webhook(self, fields):
         name = fields["name"]
@@ -268,26 +274,26 @@ class Play:
 
     async def one_run(self, run, session):
         self.variables = run.get("variables", {})
-        decisions = iter(run.get("decisions", []))
-        given, pauses, streamed = run["input"], [], ""
+        given, pauses, decided, streamed = run["input"], [], 0, ""
         while True:
             outcome, error, text = await self.go(given, session)
             streamed += text
             pending = [] if error else outcome.interruptions
             if not pending:
                 break
+            decisions = decisions_at(run, len(pauses), [call_id(item.raw_item) for item in pending], decided)
             pauses.append([pending_call(item) for item in pending])
-            state = outcome.to_state()
-            for decision in next(decisions, []):
-                decide(state, pending, decision)
-            if run.get("restart"):
-                state = await RunState.from_json(self.start, json.loads(json.dumps(state.to_json())))
-            given = state
-            if len(pauses) > len(run.get("decisions", [])):
+            if decisions is None:
                 break
+            decided += len(decisions)
+            given = outcome.to_state()
+            for decision in decisions:
+                decide(given, pending, decision)
+            if run.get("restart"):
+                given = await RunState.from_json(self.start, json.loads(json.dumps(given.to_json())))
         return {
-            "output": None if error or pending else as_text(outcome.final_output),
-            "json": None if error or pending or not self.is_structured(outcome) else outcome.final_output,
+            "output": None if error or pending else final_text(outcome),
+            "json": None if error or pending or outcome.last_agent.output_type is None else outcome.final_output,
             "error": error,
             "agent": outcome.last_agent.name if outcome else None,
             "items": [item for item in map(neutral_item, outcome.new_items) if item] if outcome else None,
@@ -295,10 +301,6 @@ class Play:
             "pauses": pauses,
             "streamed": streamed if self.scenario.get("stream") else None,
         }
-
-    def is_structured(self, outcome):
-        # An output that comes from a tool stays text whatever the agent's type.
-        return outcome.last_agent.output_type is not None and not isinstance(outcome.final_output, str)
 
     async def go(self, given, session):
         """The result, or what an exception knows of it; the error; the text that was streamed."""
@@ -365,6 +367,19 @@ def hosted(name, config):
     return of_name[name](tool_config={"type": name, **config})
 
 
+def decisions_at(run, pause, pending, decided):
+    """As `Run::decisions_at`."""
+    in_turn = run.get("decideInTurn")
+    if not in_turn:
+        given = run.get("decisions", [])
+        return given[pause] if pause < len(given) else None
+    decisions = []
+    for at, call in enumerate(sorted(pending)):
+        decision = in_turn[(decided + at) % len(in_turn)]
+        decisions.append({**decision, "call": call, "always": decision.get("always", False) and len(pending) == 1})
+    return decisions
+
+
 def decide(state, pending, decision):
     item = next(item for item in pending if call_id(item.raw_item) == decision["call"])
     always = decision.get("always", False)
@@ -424,9 +439,15 @@ def neutral_usage(usage):
 def as_text(output):
     if isinstance(output, str):
         return output
-    if dataclasses.is_dataclass(output):
-        output = dataclasses.asdict(output)
     return json.dumps(output, ensure_ascii=False)
+
+
+def final_text(result):
+    """The final text: of a structured output what the model wrote."""
+    if isinstance(result.final_output, str) and result.last_agent.output_type is None:
+        return result.final_output
+    last = result.new_items[-1]
+    return ItemHelpers.text_message_output(last) if last.type == "message_output_item" else as_text(result.final_output)
 
 
 def last_text(given):

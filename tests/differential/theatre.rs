@@ -17,7 +17,7 @@ use crate::sdk::Sdk;
 use crate::ours;
 
 /// Scenarios that are played at the same time.
-const STAGES: usize = 4;
+pub const STAGES: usize = 4;
 
 /// Plays scenarios.
 pub struct Theatre {
