@@ -29,6 +29,7 @@ mod matrix;
 mod mcp;
 mod metering;
 mod model_server;
+mod models;
 mod nested;
 mod publish;
 mod quota;
