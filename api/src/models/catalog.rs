@@ -57,11 +57,6 @@ impl Catalog {
         self.models.get(name).cloned()
     }
 
-    /// Whether a model's provider runs tools itself: that takes the Responses API, which none is asked by so far.
-    pub fn has_hosted_tools(&self, _name: &str) -> bool {
-        false
-    }
-
     /// All of them, by name.
     pub fn all(&self) -> impl Iterator<Item = &Arc<CatalogModel>> {
         self.models.values()
