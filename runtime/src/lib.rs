@@ -5,6 +5,7 @@
 //! api process (shared pool) or a worker in the tenant's own namespace.
 
 pub mod ids;
+pub mod in_order;
 pub mod item;
 pub mod journal;
 pub mod mcp;

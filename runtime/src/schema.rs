@@ -79,17 +79,21 @@ impl OutputSchema {
     pub fn read(&self, text: &str) -> Result<Value, String> {
         let mut value: Value = serde_json::from_str(text)
             .map_err(|error| format!("the output is not JSON (line {}, column {})", error.line(), error.column()))?;
-        let validator =
-            jsonschema::validator_for(&self.schema).map_err(|_| "the output schema is broken".to_owned())?;
-        if let Some(error) = validator.iter_errors(&value).next() {
-            let (place, keyword) = (error.instance_path().to_string(), error.schema_path().to_string());
-            return Err(format!("the output does not fit its schema: at {place:?}, by {keyword:?}"));
+        if let Some(keyword) = misfit(&self.schema, &value) {
+            return Err(format!("the output does not fit its schema, by {keyword:?}"));
         }
         if !self.is_wrapped {
             return Ok(value);
         }
         value.get_mut(WRAPPER).map(Value::take).ok_or_else(|| format!("the output has no property {WRAPPER:?}"))
     }
+}
+
+/// By which keyword, as a path into the schema, a value does not fit. Where in the value is not said: its keys may be
+/// as secret as the rest of it. Nothing fits a schema that does not compile.
+pub fn misfit(schema: &Value, value: &Value) -> Option<String> {
+    let Ok(validator) = jsonschema::validator_for(schema) else { return Some(String::new()) };
+    validator.iter_errors(value).next().map(|error| error.schema_path().as_str().to_owned())
 }
 
 fn is_object(schema: &Value) -> bool {

@@ -137,6 +137,7 @@ pub struct WebhookTool {
     /// What the model is told of it.
     pub description: String,
     /// JSON Schema of its arguments, as its tenant wrote it; the model is shown its strict form.
+    #[serde(with = "crate::in_order")]
     pub parameters: Value,
     /// Where it is POSTed.
     pub url: String,
@@ -185,6 +186,7 @@ pub struct HostedTool {
     /// Its type in the provider's words.
     pub name: String,
     /// The rest of its definition: an object.
+    #[serde(with = "crate::in_order")]
     pub config: Value,
 }
 
@@ -263,6 +265,7 @@ pub enum GuardrailRule {
     /// Trips on what is no JSON or does not fit.
     JsonSchema {
         /// The schema.
+        #[serde(with = "crate::in_order")]
         schema: Value,
     },
     /// Asks an agent whose structured output is `{tripped: boolean, reason: string}`.
@@ -276,6 +279,7 @@ pub enum GuardrailRule {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OutputSchema {
     /// Strict JSON Schema with an object at its root, as the provider is sent it.
+    #[serde(with = "crate::in_order")]
     pub schema: Value,
     /// Whether the tenant's schema had no object at its root and stands under the property `response`.
     pub is_wrapped: bool,

@@ -1,23 +1,21 @@
 //! Calls to the tenants' endpoints: signed, idempotent, bounded, and kept out of our own network.
 
 pub mod address;
+mod outbound;
 
-use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use chrono::Utc;
 use http::header::CONTENT_TYPE;
 use ipnet::IpNet;
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::redirect;
 use serde::Deserialize;
 use standardwebhooks::{HEADER_WEBHOOK_ID, HEADER_WEBHOOK_SIGNATURE, HEADER_WEBHOOK_TIMESTAMP, Webhook};
 use url::{Host, Url};
 use uuid::Uuid;
 
 use self::address::is_public;
+pub use self::outbound::Outbound;
 
 /// The longest answer that is taken, in bytes.
 pub const MAX_ANSWER_BYTES: usize = 1024 * 1024;
@@ -230,13 +228,7 @@ impl From<reqwest::Error> for WebhookError {
 /// Calls webhooks. Clones share their connections.
 #[derive(Clone, Debug)]
 pub struct WebhookClient {
-    policy: Arc<AddressPolicy>,
-    /// Connects to public addresses only.
-    guarded: reqwest::Client,
-    /// Connects to public addresses and the networks that are allowed on a port: one for each such port.
-    opened: HashMap<u16, reqwest::Client>,
-    /// Connects anywhere: for the hosts that the operator allows.
-    trusted: reqwest::Client,
+    outbound: Outbound,
 }
 
 impl WebhookClient {
@@ -248,24 +240,12 @@ impl WebhookClient {
     /// # Panics
     /// Unless the process has installed a default crypto provider for rustls (reqwest's rule).
     pub fn new(policy: AddressPolicy) -> Result<Self, reqwest::Error> {
-        let builder = || {
-            reqwest::Client::builder()
-                .user_agent(concat!("cloister/", env!("CARGO_PKG_VERSION")))
-                .redirect(redirect::Policy::none())
-                .no_proxy()
-                .tcp_nodelay(true)
-        };
-        let mut by_port: HashMap<u16, Vec<IpNet>> = HashMap::new();
-        for allowed in &policy.allowed_nets {
-            by_port.entry(allowed.port).or_default().push(allowed.net);
-        }
-        let open = |(port, nets)| Ok((port, builder().dns_resolver(CheckedResolver { nets }).build()?));
-        Ok(Self {
-            policy: Arc::new(policy),
-            guarded: builder().dns_resolver(CheckedResolver { nets: Vec::new() }).build()?,
-            opened: by_port.into_iter().map(open).collect::<Result<_, reqwest::Error>>()?,
-            trusted: builder().build()?,
-        })
+        Ok(Self { outbound: Outbound::new(policy)? })
+    }
+
+    /// The connections that its calls are made over: for whatever else goes where tenants say.
+    pub fn outbound(&self) -> &Outbound {
+        &self.outbound
     }
 
     /// POSTs the arguments and gives back the answer's text.
@@ -277,9 +257,7 @@ impl WebhookClient {
     }
 
     async fn exchange(&self, call: WebhookCall<'_>) -> Result<String, WebhookError> {
-        let url = check_url(call.url, &self.policy)?;
-        let opened = url.port_or_known_default().and_then(|port| self.opened.get(&port));
-        let client = if self.policy.allows(&url) { &self.trusted } else { opened.unwrap_or(&self.guarded) };
+        let (client, url) = self.outbound.to(call.url)?;
         #[expect(clippy::disallowed_methods, reason = "the endpoint compares it with its own wall clock")]
         let timestamp = Utc::now().timestamp();
         let mut request = client
@@ -313,28 +291,6 @@ async fn read_bounded(mut answer: reqwest::Response) -> Result<String, WebhookEr
         bytes.extend_from_slice(&chunk);
     }
     Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// Resolves a name once and hands the connector only what was checked, so that a name that changes its address between
-/// check and connect gains nothing.
-#[derive(Debug)]
-struct CheckedResolver {
-    /// Networks that a name may lead to beside the public internet.
-    nets: Vec<IpNet>,
-}
-
-impl Resolve for CheckedResolver {
-    fn resolve(&self, name: Name) -> Resolving {
-        let nets = self.nets.clone();
-        Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            // One bad address condemns the name: it has no business mixing public and private ones.
-            for address in &found {
-                check_address(address.ip(), &nets)?;
-            }
-            Ok(Box::new(found.into_iter()) as Addrs)
-        })
-    }
 }
 
 #[cfg(test)]

@@ -49,7 +49,7 @@ pub struct Definition {
     #[serde(default)]
     pub guardrails: Vec<Guardrail>,
     /// JSON Schema of its final answer, as its tenant wrote it.
-    #[serde(default)]
+    #[serde(default, with = "cloister_runtime::in_order::option")]
     pub output_schema: Option<Value>,
     /// What becomes of a turn whose tools have run.
     pub tool_use_behavior: ToolUseBehavior,

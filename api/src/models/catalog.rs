@@ -57,9 +57,9 @@ impl Catalog {
         self.models.get(name).cloned()
     }
 
-    /// Whether a model's provider runs tools itself: that takes the Responses API, which none is asked by so far.
-    pub fn has_hosted_tools(&self, _name: &str) -> bool {
-        false
+    /// Whether a model's provider runs tools of its own, see [`CatalogModel::has_hosted_tools`].
+    pub fn has_hosted_tools(&self, name: &str) -> bool {
+        self.models.get(name).is_some_and(|model| model.has_hosted_tools())
     }
 
     /// All of them, by name.

@@ -71,7 +71,7 @@ pub fn together(
 /// Runs one guardrail.
 pub fn check(world: Arc<World>, place: Place, guardrail: Guardrail, text: String) -> BoxFuture<'static, Checked> {
     async move {
-        let reason = match judge(&guardrail.rule, &text) {
+        let reason = match judge_apart(&guardrail, &text).await {
             Verdict::Passes => None,
             Verdict::Trips { reason } => Some(reason),
             Verdict::Asks { agent_id } => {
@@ -82,6 +82,13 @@ pub fn check(world: Arc<World>, place: Place, guardrail: Guardrail, text: String
         Ok(reason.map(|reason| Tripped { name: guardrail.name, stage: guardrail.stage, reason }))
     }
     .boxed()
+}
+
+/// Judges where it keeps no other run waiting: a large pattern takes its time over a long text.
+async fn judge_apart(guardrail: &Guardrail, text: &str) -> Verdict {
+    let (rule, text) = (guardrail.rule.clone(), text.to_owned());
+    let judged = tokio::task::spawn_blocking(move || judge(&rule, &text)).await;
+    judged.unwrap_or_else(|_| Verdict::Trips { reason: "its rule could not be applied".to_owned() })
 }
 
 /// Why an agent trips; none if it doesn't. One that comes to no verdict trips.

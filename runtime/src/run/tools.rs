@@ -13,7 +13,7 @@ use super::toolbox::{Target, Toolbox, Webhook, object};
 use super::turn::Call;
 use super::world::{Halt, World};
 use crate::ids::run_id;
-use crate::mcp::McpError;
+use crate::mcp::McpFault;
 use crate::spec::{AgentSpec, AgentTool, Guardrail, GuardrailStage, McpServer};
 use crate::webhook::{WebhookCall, WebhookError};
 
@@ -176,12 +176,12 @@ impl Invocation {
         let Self { world, turn, call, .. } = self;
         let Some(arguments) = object(&call.arguments) else { return Err(texts::TOOL_FAILED.to_owned()) };
         let timeout = Duration::from_millis(MCP_TIMEOUT_MS.into());
-        let output = world.ports.mcp.call(server, &call.name, arguments, timeout).await;
+        let output = world.mcp.call(server, &call.name, arguments, timeout).await;
         output.map(|output| output.text).map_err(|error| {
             let run = run_id(world.lease.run_id);
             tracing::debug!(%run, turn, index = call.position, %error, "a call of an MCP server's tool failed");
-            match error {
-                McpError::TimedOut { .. } => texts::timed_out(&call.name, MCP_TIMEOUT_MS),
+            match error.fault {
+                McpFault::TimedOut => texts::timed_out(&call.name, MCP_TIMEOUT_MS),
                 _ => texts::TOOL_FAILED.to_owned(),
             }
         })

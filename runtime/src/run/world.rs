@@ -14,6 +14,7 @@ use super::toolbox::Toolbox;
 use super::{Outcome, Ports};
 use crate::item::{Body, RunError, Step};
 use crate::journal::{JournalError, Progress};
+use crate::mcp::McpSessions;
 use crate::spec::{AgentSpec, Lease, Tool};
 
 /// How long an append is tried again while the journal can't be reached: less than a lease lasts (30 s), after which
@@ -30,6 +31,8 @@ pub struct World {
     pub agents: Arc<Agents>,
     /// What the run reaches.
     pub ports: Ports,
+    /// Its sessions with MCP servers.
+    pub mcp: McpSessions,
     /// Standard-Webhooks secrets; each one signs.
     pub secrets: Vec<String>,
     /// Cancelled when the run is to be handed back after the turn in progress.
@@ -88,6 +91,7 @@ impl World {
         let world = Self {
             lease,
             agents,
+            mcp: ports.mcp.sessions(),
             ports,
             secrets,
             hand_back,
@@ -159,7 +163,7 @@ impl World {
         let mut listed = Vec::new();
         for tool in &agent.tools {
             if let Tool::Mcp(server) = tool {
-                let tools = self.ports.mcp.list(server).await.map_err(|error| error.to_string())?;
+                let tools = self.mcp.list(server).await.map_err(|error| error.to_string())?;
                 listed.push((Arc::new(server.clone()), tools));
             }
         }

@@ -1,6 +1,8 @@
+use reqwest::dns::Resolve;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
+use super::outbound::CheckedResolver;
 use super::*;
 
 const SECRET: &str = "C2FVsBQIhrscChlQIMV+b5sSYspob7oD";

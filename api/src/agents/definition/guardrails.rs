@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use cloister_runtime::run::guardrails;
 use cloister_runtime::spec::{Guardrail, GuardrailRule, GuardrailStage};
 
 use super::check_name;
@@ -89,7 +90,7 @@ fn check_pattern(checks: &mut Checks, field: &str, pattern: &str) {
     if pattern.is_empty() || pattern.chars().count() > MAX_PATTERN || pattern.contains('\0') {
         let message = format!("A pattern has 1 to {MAX_PATTERN} characters, and no NUL.");
         checks.push(UserError::invalid(field, message));
-    } else if let Err(error) = regex::Regex::new(pattern) {
+    } else if let Err(error) = guardrails::check_pattern(pattern) {
         checks.push(UserError::invalid(field, format!("This is not a pattern: {error}")));
     }
 }
