@@ -268,7 +268,9 @@ fn run() -> impl Strategy<Value = Run> {
         Decision { call: String::new(), approve, always, message }
     });
     let decisions = collection::vec(decision, 1..=3);
-    (word(), decisions).prop_map(|(input, decide_in_turn)| Run { input, decide_in_turn, ..Run::default() })
+    // An empty input is refused.
+    let input = word().prop_filter("blank", |word| !word.trim().is_empty());
+    (input, decisions).prop_map(|(input, decide_in_turn)| Run { input, decide_in_turn, ..Run::default() })
 }
 
 fn object(value: Value) -> Map<String, Value> {

@@ -321,7 +321,7 @@ class Play:
                 ),
             ),
         }
-        text = ""
+        text, result = "", None
         try:
             if not self.scenario.get("stream"):
                 return await Runner.run(self.start, given, **options), None, text
@@ -345,7 +345,7 @@ class Play:
         except openai.APIStatusError as error:
             code = "MODEL_UNAVAILABLE" if error.status_code >= 500 else "MODEL_REJECTED"
             name, caught = None, error
-        return getattr(caught, "run_data", None), {"code": code, "guardrail": name}, text
+        return getattr(caught, "run_data", None) or result, {"code": code, "guardrail": name}, text
 
     def start_key(self):
         return next(key for key, agent in self.agents.items() if agent is self.start)
