@@ -74,13 +74,16 @@ fn outcomes(scenario: &Scenario, ours: &Side, sdk: &Side) -> Option<String> {
         let (mut left, mut right) = (left.clone(), right.clone());
         let items = items_without_filtered(scenario, in_order(&left["items"]));
         left["items"] = if right["error"].is_null() { items.into() } else { without_failed_turn(items, &right["items"]) };
-        right["items"] = in_order(&right["items"]).into();
+        if right["items"].is_array() {
+            right["items"] = in_order(&right["items"]).into();
+        }
         for item in left["items"].as_array_mut().into_iter().flatten() {
             item.as_object_mut().expect("an item").remove("turn");
         }
         for field in ["pauses", "error", "output", "json", "agent", "items", "usage"] {
-            if !right["error"].is_null() && (field == "usage" || field == "agent" && right[field].is_null()) {
-                // Exceptions tell neither what the turn cost that failed, nor always whose it was.
+            // Exceptions don't tell what the turn cost that failed, and some of them nothing of the run.
+            let is_known = field != "usage" && (!right[field].is_null() || !["agent", "items"].contains(&field));
+            if !right["error"].is_null() && !is_known {
                 continue;
             }
             if let Some(found) = first(&left[field], &right[field], &format!("run {}, {field}", at + 1)) {

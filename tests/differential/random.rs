@@ -230,8 +230,8 @@ fn reply() -> impl Strategy<Value = Reply> {
 }
 
 fn call() -> impl Strategy<Value = Call> {
-    let names = ["look", "add", "send", "nope", "ask_ada", "ask_bob", "ask_eve"];
-    let handoffs = ["transfer_to_ada", "transfer_to_b_b_2", "transfer_to_eve"];
+    let names = &["look", "add", "send", "nope", "ask_ada", "ask_bob", "ask_eve"];
+    let handoffs = &["transfer_to_ada", "transfer_to_b_b_2", "transfer_to_eve"];
     let name = prop_oneof![3 => sample::select(&names[..]), 1 => sample::select(&handoffs[..])];
     (name, 0_u8..8, word()).prop_map(|(name, kind, word)| {
         let fitting = match name {
@@ -268,7 +268,9 @@ fn run() -> impl Strategy<Value = Run> {
         Decision { call: String::new(), approve, always, message }
     });
     let decisions = collection::vec(decision, 1..=3);
-    (word(), decisions).prop_map(|(input, decide_in_turn)| Run { input, decide_in_turn, ..Run::default() })
+    // An empty input is refused.
+    let input = word().prop_filter("blank", |word| !word.trim().is_empty());
+    (input, decisions).prop_map(|(input, decide_in_turn)| Run { input, decide_in_turn, ..Run::default() })
 }
 
 fn object(value: Value) -> Map<String, Value> {
