@@ -20,6 +20,7 @@ mod faults;
 mod follow;
 mod generated;
 mod guardrails;
+mod guide;
 mod handoffs;
 mod invoice;
 mod ledger;
