@@ -1,6 +1,6 @@
 # What a person types. Everything else is cargo.
 
-.PHONY: run run-distributed demo-kubernetes test test-cluster bench bench-operator cluster cluster-down setup build
+.PHONY: run run-distributed demo-kubernetes test differential test-cluster bench bench-operator cluster cluster-down setup build
 
 # Try it: SQLite, a demo tenant with a published agent, and two commands to copy.
 run:
@@ -32,6 +32,11 @@ test: setup
 	cargo test --workspace
 	@if scripts/cluster able; then $(MAKE) test-cluster; fi
 
+# Cloister beside the OpenAI Agents SDK with random agents: FIRST=1000 SEEDS=200 are the seeds from 1000 to 1199.
+differential: setup
+	cargo build --workspace
+	FIRST=$(FIRST) SEEDS=$(SEEDS) cargo test --workspace --test differential -- seeds::
+
 # What needs a Kubernetes cluster, for root; the first time builds its programs, in about fifteen minutes. Each line has
 # clusters of its own, which go before the next line's come.
 test-cluster:
@@ -50,7 +55,7 @@ bench:
 bench-operator:
 	@scripts/bench operator $(if $(QUICK),--quick)
 
-# What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients.
+# What the tests need: PostgreSQL's server (or CLOISTER_TEST_POSTGRES_URL), Node.js and the npm clients, Python.
 setup:
 	@scripts/setup build test
 

@@ -223,6 +223,8 @@ async fn answer(provider: &Provider, reply: Reply, request: &RecordedRequest, mu
             (StatusCode::OK, content_type, delivery::whole(bytes.clone()))
         }
         Answer::Completion(completion) => {
+            let numbered = reply.number.map(|number| RecordedRequest { number, ..request.clone() });
+            let request = numbered.as_ref().unwrap_or(request);
             let Rendered { content_type, pieces, usage } = completion::render(completion, reply.usage, request);
             ticket.charge(usage);
             (StatusCode::OK, content_type, delivery::steps(pieces, reply.hold))

@@ -39,7 +39,8 @@ pub fn count_request(request: &ModelRequest) -> i64 {
         [] => 0,
         tools => PER_TOOL_LIST + tools.iter().map(count_offer).sum::<i64>(),
     };
-    PER_REQUEST + instructions + input + tools
+    let output = request.output.as_ref().map_or(0, |output| count_text(&output.schema.to_string()));
+    PER_REQUEST + instructions + input + tools + output
 }
 
 /// Counts an answer's parts: what a provider will count as output. The count of several is the sum of theirs.

@@ -1,5 +1,5 @@
-//! The scripted model server by itself: answers every chat with a fixed echo, so that anything that
-//! speaks to OpenAI can be pointed at it. `GET /served` shows what it counted.
+//! The scripted model server by itself: answers every request, over either API, with a fixed echo, so that anything
+//! that speaks to OpenAI can be pointed at it. `GET /served` shows what it counted.
 
 use std::net::SocketAddr;
 

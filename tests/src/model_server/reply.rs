@@ -24,6 +24,7 @@ pub struct Reply {
     pub(super) hold: bool,
     pub(super) cut_after: Option<usize>,
     pub(super) wire_chunk: Option<usize>,
+    pub(super) number: Option<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -247,6 +248,12 @@ impl Reply {
         self
     }
 
+    /// The number that the answer's ids are made of, where it has no other; by default the request's.
+    pub fn number(mut self, number: u64) -> Reply {
+        self.number = Some(number);
+        self
+    }
+
     /// Waits before the head is sent, in milliseconds.
     pub fn delay(mut self, milliseconds: u64) -> Reply {
         self.head_delay = Duration::from_millis(milliseconds);
@@ -316,6 +323,7 @@ impl Reply {
             hold: false,
             cut_after: None,
             wire_chunk: None,
+            number: None,
         }
     }
 

@@ -137,6 +137,7 @@ async fn a_wrong_setting_stops_the_start_with_its_name_and_the_reason() {
         ("PROVIDERS__OTHER__BASE_URL", "ftp://example.com", &["providers.other.base_url", "http"]),
         ("PROVIDERS__OTHER__BASE_URL", "nonsense", &["providers.other.base_url", "URL"]),
         ("PROVIDERS__DEMO__BASE_URL", "http://example.com", &["providers.demo", "built in"]),
+        ("PROVIDERS__OPENAI__API", "soap", &["providers.openai.api", "soap"]),
         ("PROVIDERS__OPENAI__ATTEMPTS", "0", &["providers.openai.attempts", "at least 1"]),
         ("RUNS__CONCURRENCY", "0", &["runs.concurrency", "at least 1"]),
         ("RUNS__LEASE_SECONDS", "2", &["runs.lease_seconds", "at least 3"]),

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod adversarial;
 mod agents;
 mod approvals;
 mod auth;
@@ -25,8 +26,10 @@ mod ledger;
 mod lies;
 mod limits;
 mod matrix;
+mod mcp;
 mod metering;
 mod model_server;
+mod models;
 mod nested;
 mod publish;
 mod quota;
@@ -36,6 +39,7 @@ mod rest;
 mod retention;
 mod runs;
 mod schema;
+mod ssrf;
 mod statements;
 mod steps;
 mod structured;

@@ -413,7 +413,7 @@ async fn urls_that_point_inside_are_refused_when_an_agent_is_saved(app: TestAppB
 }
 
 /// A name of this machine's own in its table of hosts: nothing tells by its form that it points inside.
-fn name_of_an_inside_address() -> Option<(String, IpAddr)> {
+pub fn name_of_an_inside_address() -> Option<(String, IpAddr)> {
     let hosts = fs::read_to_string("/etc/hosts").ok()?;
     let plain = |name: &&str| !["localhost", "local", "internal"].contains(&name.rsplit('.').next().unwrap_or(name));
     hosts.lines().find_map(|line| {

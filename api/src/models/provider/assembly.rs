@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_openai::types::stream::StreamResponse;
 use async_stream::stream;
-use cloister_runtime::item::TokenUsage;
+use cloister_runtime::item::{RunErrorCode, TokenUsage};
 use cloister_runtime::model::{Finish, Part};
 use futures_util::{Stream, StreamExt};
 use serde_json::{Value, json};
@@ -56,6 +56,7 @@ pub(super) fn assemble(
         }
         match assembly.finish {
             Some(finish) => yield Ok(AnswerEvent::Complete(assembly.completion(finish))),
+            None if assembly.has_no_choices() && !cut_reason.is_known() => yield Err(assembly.without_choices()),
             None => yield Err(assembly.cut(cut_reason.get())),
         }
     }
@@ -69,6 +70,7 @@ struct Assembly {
     reasoning: String,
     /// Under the name that DeepSeek gave it.
     has_reasoning_content: bool,
+    has_choices: bool,
     message: String,
     refusal: String,
     calls: Vec<Call>,
@@ -114,6 +116,7 @@ impl Assembly {
         }
         let mut events = Vec::new();
         for choice in chunk.choices.iter().filter(|choice| choice.index == 0) {
+            self.has_choices = true;
             self.reasoning.push_str(choice.delta.reasoning());
             self.has_reasoning_content |= choice.delta.has_reasoning_content();
             self.refusal.push_str(&choice.delta.refusal);
@@ -189,6 +192,16 @@ impl Assembly {
     fn cut(&mut self, reason: String) -> Cut {
         let arrived = std::mem::take(self);
         Cut { usage: arrived.usage, ..Cut::broken(reason, arrived.into_parts()) }
+    }
+
+    /// Whether the provider charged for an answer and gave none.
+    fn has_no_choices(&self) -> bool {
+        !self.has_choices && self.usage.is_some()
+    }
+
+    fn without_choices(&self) -> Cut {
+        let reason = "The model's answer has no choices.".to_owned();
+        Cut { code: RunErrorCode::ModelBehavior, reason, partial: Vec::new(), usage: self.usage }
     }
 
     fn into_parts(self) -> Vec<Part> {

@@ -53,6 +53,11 @@ impl CutReason {
         self.0.get().cloned().unwrap_or_else(|| "the provider ended its answer before it was complete".to_owned())
     }
 
+    /// Whether there is a reason other than that.
+    pub(super) fn is_known(&self) -> bool {
+        self.0.get().is_some()
+    }
+
     /// Keeps the first reason, and gives the error that ends the stream.
     fn set(&self, reason: String) -> std::io::Error {
         let error = std::io::Error::other(reason.clone());

@@ -1,6 +1,6 @@
 //! A provider against a server that answers each connection with given bytes.
 
-use cloister_runtime::item::InputItem;
+use cloister_runtime::item::{InputItem, RunErrorCode};
 use cloister_runtime::model::{Finish, Part};
 use futures_util::StreamExt;
 use serde_json::Value;
@@ -200,6 +200,16 @@ async fn an_end_before_a_finish_reason_is_a_cut() {
     }
     let (_, cut) = answer_to(&format!("{USAGE}{DONE}"), Then::Close).await;
     assert_eq!(cut.unwrap().partial, []);
+}
+
+#[tokio::test]
+async fn an_answer_without_choices_is_the_models_failure() {
+    let usage = r#"{"prompt_tokens":3,"completion_tokens":0}"#;
+    let events = format!("data: {{\"choices\":[],\"usage\":{usage}}}\n\ndata: [DONE]\n\n");
+    let (events, cut) = answer_to(&events, Then::Close).await;
+    let cut = cut.unwrap();
+    assert_eq!((events, cut.code), (Vec::new(), RunErrorCode::ModelBehavior));
+    assert_eq!(cut.usage.unwrap().input_tokens, 3);
 }
 
 #[tokio::test]
