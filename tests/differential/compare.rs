@@ -73,15 +73,17 @@ fn outcomes(scenario: &Scenario, ours: &Side, sdk: &Side) -> Option<String> {
     for (at, (left, right)) in ours.runs.iter().zip(&sdk.runs).enumerate() {
         let (mut left, mut right) = (left.clone(), right.clone());
         let items = items_without_filtered(scenario, in_order(&left["items"]));
-        left["items"] =
-            if right["error"].is_null() { items.into() } else { without_failed_turn(items, &right["items"]) };
-        right["items"] = in_order(&right["items"]).into();
+        left["items"] = if right["error"].is_null() { items.into() } else { without_failed_turn(items, &right["items"]) };
+        if right["items"].is_array() {
+            right["items"] = in_order(&right["items"]).into();
+        }
         for item in left["items"].as_array_mut().into_iter().flatten() {
             item.as_object_mut().expect("an item").remove("turn");
         }
         for field in ["pauses", "error", "output", "json", "agent", "items", "usage"] {
-            if !right["error"].is_null() && (field == "usage" || field == "agent" && right[field].is_null()) {
-                // Exceptions tell neither what the turn cost that failed, nor always whose it was.
+            // Exceptions don't tell what the turn cost that failed, and some of them nothing of the run.
+            let is_known = field != "usage" && (!right[field].is_null() || !["agent", "items"].contains(&field));
+            if !right["error"].is_null() && !is_known {
                 continue;
             }
             if let Some(found) = first(&left[field], &right[field], &format!("run {}, {field}", at + 1)) {
@@ -112,8 +114,7 @@ fn in_order(items: &Value) -> Vec<Value> {
 /// Our items as the SDK has them after a handoff that removes tools: of its turn it forgets what the journal keeps.
 fn items_without_filtered(scenario: &Scenario, items: Vec<Value>) -> Vec<Value> {
     let removes_tools = |from: &Value, to: &Value| {
-        let named =
-            |name: &Value| scenario.agents.iter().find(|(key, agent)| agent.name.as_ref().unwrap_or(key) == name);
+        let named = |name: &Value| scenario.agents.iter().find(|(key, agent)| agent.name.as_ref().unwrap_or(key) == name);
         let (Some((_, from)), Some((to, _))) = (named(from), named(to)) else { return false };
         let leads_there = |handoff: &&serde_json::Map<String, Value>| handoff["agent"] == to.as_str();
         let handoff = from.handoffs.iter().find(leads_there);
@@ -121,8 +122,7 @@ fn items_without_filtered(scenario: &Scenario, items: Vec<Value>) -> Vec<Value> 
     };
     let mut kept = Vec::new();
     for item in items {
-        let filtered =
-            (item["kind"] == "handoff" && removes_tools(&item["agent"], &item["to"])).then(|| item["turn"].clone());
+        let filtered = (item["kind"] == "handoff" && removes_tools(&item["agent"], &item["to"])).then(|| item["turn"].clone());
         kept.push(item);
         if let Some(turn) = filtered {
             kept.retain(|item: &Value| item["kind"] == "message" || item["turn"] != turn);
@@ -136,9 +136,7 @@ fn without_failed_turn(items: Vec<Value>, sdk: &Value) -> Value {
     let known = sdk.as_array().map_or(0, Vec::len);
     let failed = items.last().map(|item| item["turn"].clone());
     let is_all_of_it = items.iter().skip(known).all(|item| Some(&item["turn"]) == failed.as_ref())
-        && known
-            .checked_sub(1)
-            .is_none_or(|last| items.get(last).is_none_or(|item| Some(&item["turn"]) != failed.as_ref()));
+        && known.checked_sub(1).is_none_or(|last| items.get(last).is_none_or(|item| Some(&item["turn"]) != failed.as_ref()));
     if is_all_of_it { items.into_iter().take(known).collect() } else { items.into() }
 }
 

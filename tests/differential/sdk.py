@@ -5,6 +5,7 @@ Reads one JSON object a line, `{"id", "scenario", "api", "model_url", "tools_url
 """
 
 import asyncio
+import functools
 import json
 import re
 import sys
@@ -13,9 +14,9 @@ import traceback
 import httpx2
 import jsonschema
 import openai
-import pydantic_core
 from agents import (
     Agent,
+    AgentOutputSchema,
     CodeInterpreterTool,
     FunctionTool,
     GuardrailFunctionOutput,
@@ -50,35 +51,46 @@ from agents.run_config import ToolExecutionConfig
 from agents.strict_schema import ensure_strict_json_schema
 from agents.tool import default_tool_error_function
 from openai.types.shared import Reasoning
+from pydantic_core.core_schema import no_info_plain_validator_function
 
 UPSTREAM = "scripted-1"
 
 
+@functools.cache
+def client_of(model_url, retries):
+    """One for all scenarios of a place: a client takes longer to make than most of them take to play."""
+    return openai.AsyncOpenAI(base_url=model_url, api_key="test-key", max_retries=retries)
+
+
+@functools.cache
+def http():
+    return httpx2.AsyncClient(timeout=60, trust_env=False)
+
+
 def output_type(schema):
-    """A type that is known by its JSON Schema, for the SDK's own `AgentOutputSchema`."""
-
-    def validated(value):
-        jsonschema.validate(value, strict)
-        return value
-
+    """The SDK's `AgentOutputSchema` of a type that is known by its JSON Schema."""
+    schema = json.loads(json.dumps(schema))
+    is_object = schema.get("type") == "object"
     strict = ensure_strict_json_schema(json.loads(json.dumps(schema)))
 
-    def core_schema(_source, _handler):
-        def check(value):
-            try:
-                return validated(value)
-            except jsonschema.ValidationError as error:
-                raise ValueError(error.message) from error
-
-        return pydantic_core.core_schema.no_info_plain_validator_function(check)
-
-    def json_schema(_core_schema, _handler):
-        return json.loads(json.dumps(schema))
+    def check(value):
+        try:
+            jsonschema.validate(value, strict)
+        except jsonschema.ValidationError as error:
+            raise ValueError(error.message) from error
+        return value
 
     # What is an object stands for itself, anything else the SDK wraps.
-    base = dict if schema.get("type") == "object" else object
-    hooks = {"__get_pydantic_core_schema__": core_schema, "__get_pydantic_json_schema__": json_schema}
-    return type("Output", (base,), {name: staticmethod(hook) for name, hook in hooks.items()})
+    hooks = {
+        "__get_pydantic_core_schema__": lambda _type, _handler: no_info_plain_validator_function(check),
+        "__get_pydantic_json_schema__": lambda _core, _handler: {"type": "object"} if is_object else schema,
+    }
+    base = dict if is_object else object
+    made = AgentOutputSchema(type("Output", (base,), {name: staticmethod(hook) for name, hook in hooks.items()}))
+    if is_object:
+        # Pydantic would look for the schema's own definitions among its types.
+        made._output_schema = strict
+    return made
 
 
 class Play:
@@ -87,12 +99,9 @@ class Play:
     def __init__(self, request):
         self.scenario = request["scenario"]
         self.tools_url = request["tools_url"]
-        self.client = openai.AsyncOpenAI(
-            base_url=request["model_url"], api_key="test-key", max_retries=self.scenario.get("retries", 0)
-        )
-        self.http = httpx2.AsyncClient(timeout=60, trust_env=False)
+        client = client_of(request["model_url"], self.scenario.get("retries", 0))
         model = OpenAIChatCompletionsModel if request["api"] == "chat" else OpenAIResponsesModel
-        self.model = model(model=UPSTREAM, openai_client=self.client)
+        self.model = model(model=UPSTREAM, openai_client=client)
         self.variables = {}
         definitions = self.scenario["agents"]
         # First all of them, then what they know of each other: handoffs may go in circles.
@@ -103,10 +112,6 @@ class Play:
             agent.handoffs = [self.handoff(item) for item in definition.get("handoffs", [])]
             self.add_guardrails(agent, definition)
         self.start = self.agents[self.scenario.get("start") or next(iter(definitions))]
-
-    async def close(self):
-        await self.client.close()
-        await self.http.aclose()
 
     def agent(self, key, definition):
         schema = definition.get("outputSchema")
@@ -182,7 +187,7 @@ class Play:
             if not isinstance(value, dict):
                 raise ModelBehaviorError("the arguments are no object")
             validator.validate(value)
-            answer = await self.http.post(f"{self.tools_url}/{name}", content=arguments.encode())
+            answer = await http().post(f"{self.tools_url}/{name}", content=arguments.encode())
             answer.raise_for_status()
             return answer.text
 
@@ -316,7 +321,7 @@ class Play:
                 ),
             ),
         }
-        text = ""
+        text, result = "", None
         try:
             if not self.scenario.get("stream"):
                 return await Runner.run(self.start, given, **options), None, text
@@ -340,7 +345,7 @@ class Play:
         except openai.APIStatusError as error:
             code = "MODEL_UNAVAILABLE" if error.status_code >= 500 else "MODEL_REJECTED"
             name, caught = None, error
-        return getattr(caught, "run_data", None), {"code": code, "guardrail": name}, text
+        return getattr(caught, "run_data", None) or result, {"code": code, "guardrail": name}, text
 
     def start_key(self):
         return next(key for key, agent in self.agents.items() if agent is self.start)
@@ -461,11 +466,7 @@ async def play(line, out):
     request = json.loads(line)
     answer = {"id": request["id"]}
     try:
-        play = Play(request)
-        try:
-            answer["runs"] = await play.all_runs()
-        finally:
-            await play.close()
+        answer["runs"] = await Play(request).all_runs()
     except Exception:
         answer["error"] = traceback.format_exc()
     out.write(json.dumps(answer) + "\n")
