@@ -1,5 +1,5 @@
-//! `{{variables}}` in instructions: proven by a publish, filled in when a run starts. What is filled in is not looked at
-//! again, and nothing of a run's input ever is.
+//! `{{variables}}` in instructions: proven by a publish, filled in when a run starts. What is filled in is not looked
+//! at again, and nothing of a run's input ever is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -69,8 +69,8 @@ fn is_name(name: &str) -> bool {
 pub fn problem(instructions: &str) -> Option<String> {
     let line = *pieces(instructions).1.first()?;
     Some(format!(
-        "The braces in line {line} begin no variable. A variable is written {{{{name}}}}, its name of at most {MAX_NAME} \
-         a-z, A-Z, 0-9 and _; for the braces themselves write \\{{{{."
+        "The braces in line {line} begin no variable. A variable is written {{{{name}}}}, its name of at most \
+         {MAX_NAME} a-z, A-Z, 0-9 and _; for the braces themselves write \\{{{{."
     ))
 }
 
@@ -119,8 +119,8 @@ impl Variables {
         self.0.is_empty()
     }
 
-    /// The agents that a run can reach, their instructions filled in. Refused, all at once: values that are missing, and
-    /// values for no variable.
+    /// The agents that a run can reach, their instructions filled in. Refused, all at once: values that are missing,
+    /// and values for no variable.
     pub fn fill(&self, agents: Arc<BTreeMap<Uuid, AgentSpec>>) -> Outcome<Arc<BTreeMap<Uuid, AgentSpec>>> {
         if self.is_empty() && !agents.values().any(|agent| agent.instructions.contains(OPEN)) {
             return Ok(agents);

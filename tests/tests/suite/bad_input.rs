@@ -333,7 +333,9 @@ async fn an_agents_fields_are_checked(builder: TestAppBuilder) {
     assert!(refusals(&fallbacks, "createAgent").contains(&too_many), "{}", fallbacks.body);
     // So far nothing was stored.
     assert_eq!(stored(&app, &tenant).await, before);
-    let empty = json!({"agentId": own, "guardrails": [], "fallbackModels": [], "outputSchema": null, "tools": [], "handoffs": []});
+    let empty = json!({
+        "agentId": own, "guardrails": [], "fallbackModels": [], "outputSchema": null, "tools": [], "handoffs": [],
+    });
     done(&tenant.client, "updateAgent", empty).await;
     assert!(!app.log().contains("tok-2c8e4fb7"), "a token is in the log");
 }

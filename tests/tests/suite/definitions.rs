@@ -58,7 +58,8 @@ async fn all_of_a_definition_is_read_as_it_was_saved(app: TestAppBuilder) {
             {"name": "words", "stage": "INPUT", "parallel": true, "rule": {"regex": {"pattern": "(?i)bad"}}},
             {"name": "must", "stage": "OUTPUT", "rule": {"regex": {"pattern": "good", "tripOnMatch": false}}},
             {"name": "long", "stage": "TOOL_OUTPUT", "onTrip": "FAIL", "rule": {"maxLength": 100}},
-            {"name": "fits", "stage": "TOOL_INPUT", "tool": "hook", "message": "No.", "rule": {"jsonSchema": parameters}},
+            {"name": "fits", "stage": "TOOL_INPUT", "tool": "hook", "message": "No.",
+             "rule": {"jsonSchema": parameters}},
             {"name": "judge", "stage": "OUTPUT", "rule": {"agentId": other}},
         ],
     });
@@ -68,8 +69,15 @@ async fn all_of_a_definition_is_read_as_it_was_saved(app: TestAppBuilder) {
         json!({"__typename": "AgentTool", "name": name, "description": description, "agent": agent,
                "maxTurns": max_turns, "needsApproval": needs_approval})
     };
-    let handoff = |name: &str, filter: &str, last: Value, nest: bool| json!({"agent": agent, "toolName": name, "inputFilter": filter, "lastN": last, "nestHistory": nest});
-    let guardrail = |name: &str, stage: &str, tool: Value, parallel: bool, rule: Value| json!({"name": name, "stage": stage, "tool": tool, "parallel": parallel, "rule": rule});
+    let handoff = |name: &str, filter: &str, last: Value, nest: bool| {
+        let shown = json!({"agent": agent, "toolName": name, "inputFilter": filter});
+        crate::steps::with(shown, json!({"lastN": last, "nestHistory": nest}))
+    };
+    let guardrail = |name: &str, stage: &str, tool: Value, parallel: bool, rule: Value| {
+        let (on_trip, message) = if name == "fits" { ("REJECT", json!("No.")) } else { ("FAIL", Value::Null) };
+        let shown = json!({"name": name, "stage": stage, "tool": tool, "parallel": parallel});
+        crate::steps::with(shown, json!({"onTrip": on_trip, "message": message, "rule": rule}))
+    };
     let expected = json!({
         "model": {"name": "scripted"},
         "fallbackModels": [{"name": "gpt-4o", "provider": "openai"}, {"name": "demo", "provider": "demo"}],

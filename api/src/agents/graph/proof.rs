@@ -88,7 +88,10 @@ impl Graph {
                 }
                 Tool::Hosted(tool) => {
                     // A provider may run several of one type, such as two MCP servers.
-                    let is_another = |earlier: &Tool| matches!(earlier, Tool::Hosted(other) if other.name == tool.name && other.config != tool.config);
+                    let is_another = |earlier: &Tool| match earlier {
+                        Tool::Hosted(other) => other.name == tool.name && other.config != tool.config,
+                        Tool::Webhook(_) | Tool::Agent(_) | Tool::Mcp(_) => false,
+                    };
                     if !node.definition.tools.iter().take(at).any(is_another) {
                         names.known.push((tool.name.clone(), format!("tools.{at}.hosted.name")));
                     }
