@@ -72,8 +72,9 @@ fn calls(ours: &Side, sdk: &Side) -> Option<String> {
 fn outcomes(scenario: &Scenario, ours: &Side, sdk: &Side) -> Option<String> {
     for (at, (left, right)) in ours.runs.iter().zip(&sdk.runs).enumerate() {
         let (mut left, mut right) = (left.clone(), right.clone());
-        let items = items_without_filtered(scenario, in_order(&left["items"]));
-        left["items"] = if right["error"].is_null() { items.into() } else { without_failed_turn(items, &right["items"]) };
+        let items = in_order(&without_filtered(scenario, &left["items"]).into());
+        left["items"] =
+            if right["error"].is_null() { items.into() } else { without_failed_turn(items, &right["items"]) };
         if right["items"].is_array() {
             right["items"] = in_order(&right["items"]).into();
         }
@@ -111,24 +112,29 @@ fn in_order(items: &Value) -> Vec<Value> {
     sorted
 }
 
-/// Our items as the SDK has them after a handoff that removes tools: of its turn it forgets what the journal keeps.
-fn items_without_filtered(scenario: &Scenario, items: Vec<Value>) -> Vec<Value> {
-    let removes_tools = |from: &Value, to: &Value| {
-        let named = |name: &Value| scenario.agents.iter().find(|(key, agent)| agent.name.as_ref().unwrap_or(key) == name);
-        let (Some((_, from)), Some((to, _))) = (named(from), named(to)) else { return false };
-        let leads_there = |handoff: &&serde_json::Map<String, Value>| handoff["agent"] == to.as_str();
-        let handoff = from.handoffs.iter().find(leads_there);
-        handoff.is_some_and(|handoff| handoff.get("inputFilter").is_some_and(|filter| filter == "REMOVE_TOOLS"))
-    };
+/// Our items as the SDK has them after a handoff that removes tools: of its turn it forgets what the journal keeps,
+/// unless the turn paused in between.
+fn without_filtered(scenario: &Scenario, items: &Value) -> Vec<Value> {
     let mut kept = Vec::new();
-    for item in items {
-        let filtered = (item["kind"] == "handoff" && removes_tools(&item["agent"], &item["to"])).then(|| item["turn"].clone());
-        kept.push(item);
-        if let Some(turn) = filtered {
-            kept.retain(|item: &Value| item["kind"] == "message" || item["turn"] != turn);
+    for item in items.as_array().into_iter().flatten() {
+        kept.push(item.clone());
+        if item["kind"] == "handoff" && removes_tools(scenario, &item["agent"], &item["to"]) {
+            let begun = kept.iter().position(|other| other["turn"] == item["turn"]).unwrap_or_default();
+            let paused = kept.iter().rposition(|other| other["kind"] == "asked").map_or(0, |at| at + 1);
+            let since = kept.split_off(begun.max(paused));
+            kept.extend(since.into_iter().filter(|item| item["kind"] == "message"));
         }
     }
+    kept.retain(|item| item["kind"] != "asked");
     kept
+}
+
+/// Whether the handoff from one agent to another removes tools; both by name.
+fn removes_tools(scenario: &Scenario, from: &Value, to: &Value) -> bool {
+    let named = |name: &Value| scenario.agents.iter().find(|(key, agent)| agent.name.as_ref().unwrap_or(key) == name);
+    let (Some((_, from)), Some((to, _))) = (named(from), named(to)) else { return false };
+    let handoff = from.handoffs.iter().find(|handoff| handoff["agent"] == to.as_str());
+    handoff.is_some_and(|handoff| handoff.get("inputFilter").is_some_and(|filter| filter == "REMOVE_TOOLS"))
 }
 
 /// Our items without the turn that failed, unless the SDK's exception tells of it too.
@@ -136,7 +142,9 @@ fn without_failed_turn(items: Vec<Value>, sdk: &Value) -> Value {
     let known = sdk.as_array().map_or(0, Vec::len);
     let failed = items.last().map(|item| item["turn"].clone());
     let is_all_of_it = items.iter().skip(known).all(|item| Some(&item["turn"]) == failed.as_ref())
-        && known.checked_sub(1).is_none_or(|last| items.get(last).is_none_or(|item| Some(&item["turn"]) != failed.as_ref()));
+        && known
+            .checked_sub(1)
+            .is_none_or(|last| items.get(last).is_none_or(|item| Some(&item["turn"]) != failed.as_ref()));
     if is_all_of_it { items.into_iter().take(known).collect() } else { items.into() }
 }
 

@@ -20,6 +20,7 @@ const RUN: &str = "query ($id: ID!, $after: String) { run(id: $id) {
         ... on ToolCallItem { callId name arguments }
         ... on ToolOutputItem { callId output }
         ... on HandoffItem { callId toAgentName }
+        ... on ApprovalItem { approved }
         ... on GuardrailItem { name }
     } }
 } }";
@@ -101,7 +102,8 @@ impl Stage<'_> {
         each(&mut fields, "tools", &|tool| {
             let tool = tool.as_object_mut().expect("a tool");
             if let Some(webhook) = tool.get_mut("webhook") {
-                webhook["url"] = json!(self.servers.tools.url(&format!("/{}", webhook["name"].as_str().expect("a name"))));
+                webhook["url"] =
+                    json!(self.servers.tools.url(&format!("/{}", webhook["name"].as_str().expect("a name"))));
             }
             tool.values_mut().for_each(with_id);
         });
@@ -137,8 +139,10 @@ impl Stage<'_> {
                 }
             }
             let pending = state["pendingApprovals"].as_array().expect("approvals").clone();
-            let shown = |call: &Value| json!({"call": call["callId"], "name": call["name"], "arguments": call["arguments"]});
-            let calls: Vec<String> = pending.iter().map(|call| call["callId"].as_str().expect("an id").to_owned()).collect();
+            let shown =
+                |call: &Value| json!({"call": call["callId"], "name": call["name"], "arguments": call["arguments"]});
+            let calls: Vec<String> =
+                pending.iter().map(|call| call["callId"].as_str().expect("an id").to_owned()).collect();
             let decisions = run.decisions_at(pauses.len(), &calls, decided.len());
             pauses.push(pending.iter().map(shown).collect());
             let Some(decisions) = decisions else { return (state, pauses) };
@@ -184,7 +188,9 @@ fn is_at_rest(state: &Value, decided: &HashSet<String>) -> bool {
     let items = state["items"]["nodes"].as_array().expect("items");
     let is_answered = |call: &&String| {
         let answers = ["ToolOutputItem", "HandoffItem"];
-        items.iter().any(|item| answers.iter().any(|kind| item["__typename"] == *kind) && item["callId"] == call.as_str())
+        items
+            .iter()
+            .any(|item| answers.iter().any(|kind| item["__typename"] == *kind) && item["callId"] == call.as_str())
     };
     pending.iter().all(|call| !decided.contains(call["callId"].as_str().unwrap_or_default()))
         && decided.iter().all(|call| is_answered(&call))
@@ -230,7 +236,9 @@ fn neutral(item: &Value) -> Option<Value> {
     }
     let (agent, turn) = (&item["agentName"], &item["turn"]);
     let mut told = match item["__typename"].as_str().expect("a type") {
-        "MessageItem" if item["role"] == "ASSISTANT" => json!({"kind": "message", "agent": agent, "text": item["text"]}),
+        "MessageItem" if item["role"] == "ASSISTANT" => {
+            json!({"kind": "message", "agent": agent, "text": item["text"]})
+        }
         "ReasoningItem" => json!({"kind": "reasoning", "agent": agent, "text": item["text"]}),
         "ToolCallItem" if HOSTED.iter().any(|name| item["name"] == *name) => {
             json!({"kind": "hosted_call", "agent": agent, "call": item["callId"], "name": item["name"]})
@@ -240,6 +248,7 @@ fn neutral(item: &Value) -> Option<Value> {
         }),
         "ToolOutputItem" => json!({"kind": "output", "agent": agent, "call": item["callId"], "output": item["output"]}),
         "HandoffItem" => json!({"kind": "handoff", "agent": agent, "call": item["callId"], "to": item["toAgentName"]}),
+        "ApprovalItem" if item["approved"].is_null() => json!({"kind": "asked"}),
         _ => return None,
     };
     told["turn"] = turn.clone();
