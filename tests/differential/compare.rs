@@ -81,7 +81,7 @@ fn outcomes(scenario: &Scenario, ours: &Side, sdk: &Side) -> Option<String> {
         for item in left["items"].as_array_mut().into_iter().flatten() {
             item.as_object_mut().expect("an item").remove("turn");
         }
-        for field in ["pauses", "error", "output", "json", "agent", "items", "usage"] {
+        for field in ["pauses", "error", "output", "json", "agent", "items", "usage", "streamed"] {
             // Exceptions don't tell what the turn cost that failed, and some of them nothing of the run.
             let is_known = field != "usage" && (!right[field].is_null() || !["agent", "items"].contains(&field));
             if !right["error"].is_null() && !is_known {

@@ -28,6 +28,12 @@ const RUN: &str = "query ($id: ID!, $after: String) { run(id: $id) {
 /// Types of the calls that a provider makes itself.
 const HOSTED: [&str; 3] = ["web_search_call", "code_interpreter_call", "image_generation_call"];
 
+const EVENTS: &str = "subscription ($id: ID!) { runEvents(runId: $id) {
+    __typename
+    ... on TextDelta { turn index offset text }
+    ... on RunItemAdded { item { __typename turn scope ... on MessageItem { role part: index text } } }
+} }";
+
 /// Plays a scenario with the model of this name; the outcome of each run.
 ///
 /// # Panics
@@ -48,9 +54,12 @@ pub async fn play(client: &Client, model: &str, scenario: &Scenario, servers: &S
             None => {}
         }
         let started = stage.mutate("startRun", "StartRunInput", "run { id }", input).await;
-        let (state, pauses) = stage.follow(started["run"]["id"].as_str().expect("an id"), run).await;
+        let id = started["run"]["id"].as_str().expect("an id");
+        let (streamed, (state, pauses)) = tokio::join!(stage.streamed(id), stage.follow(id, run));
         conversation = state["conversation"]["id"].as_str().map(str::to_owned);
-        outcomes.push(outcome(&state, pauses));
+        let mut outcome = outcome(&state, pauses);
+        outcome["streamed"] = json!(streamed);
+        outcomes.push(outcome);
     }
     outcomes
 }
@@ -151,6 +160,35 @@ impl Stage<'_> {
                 decided.insert(decision.call);
             }
         }
+    }
+
+    /// The text that a subscriber sees of a run that is decided about to its end; none if the scenario doesn't stream.
+    async fn streamed(&self, id: &str) -> Option<String> {
+        if !self.scenario.stream {
+            return None;
+        }
+        let mut events = self.client.subscribe_sse(EVENTS, json!({"id": id})).await;
+        let mut messages = BTreeMap::<(u64, u64), String>::new();
+        while let Some(result) = events.next_result().await {
+            let event = &result["data"]["runEvents"];
+            let item = &event["item"];
+            let place =
+                |value: &Value, index: &str| (value["turn"].as_u64().unwrap_or(0), value[index].as_u64().unwrap_or(0));
+            if event["__typename"] == "TextDelta" {
+                let text = messages.entry(place(event, "index")).or_default();
+                let offset = event["offset"].as_u64().expect("an offset") as usize;
+                // What is below the length that is there overlaps.
+                text.truncate(offset);
+                assert_eq!(text.len(), offset, "a delta leaves a gap: {event}");
+                *text += event["text"].as_str().expect("a text");
+            } else if item["role"] == "ASSISTANT" && item["scope"].is_null() {
+                let whole = item["text"].as_str().expect("a text");
+                let text = messages.entry(place(item, "part")).or_default();
+                assert!(whole.starts_with(text.as_str()), "{text:?} was streamed of {whole:?}");
+                whole.clone_into(text);
+            }
+        }
+        Some(messages.into_values().collect())
     }
 
     async fn decide(&self, id: &str, pending: &[Value], decision: &Decision) {
