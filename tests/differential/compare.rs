@@ -1,4 +1,12 @@
-//! What must be equal, and the few things that need not.
+//! What must be equal, and the few things that need not. These, and nothing else:
+//!
+//! - a request's [`ALLOWED_IN_REQUESTS`];
+//! - the order of a turn's outputs among the items, and of calls among the webhooks' requests: the journal has outputs
+//!   as they finish. What the model is told stands in order, and the requests show it;
+//! - a scenario that says `concurrent`: the order of the requests of agents that run at the same time;
+//! - after a handoff that removes tools: the SDK's result forgets the turn's tools, the journal keeps everything;
+//! - after an error: the SDK's exceptions don't tell of the turn that failed (some of nothing at all), nor what it cost.
+//!   What the provider charged is compared with our usage instead, always.
 
 use std::fmt::Write;
 
@@ -7,7 +15,7 @@ use serde_json::{Value, json};
 use crate::scenario::Scenario;
 use crate::script::Asked;
 
-/// Fields of a request that may differ, each with its reason. Nothing else may.
+/// Fields of a request that may differ, each with its reason.
 const ALLOWED_IN_REQUESTS: [(&str, &str); 2] = [
     ("stream", "Cloister streams every answer, so that whoever watches a run sees it at once"),
     ("stream_options", "and asks for its usage, which the SDK does only when it is told to"),
