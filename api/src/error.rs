@@ -246,11 +246,6 @@ impl UserError {
     pub fn not_found(field: &str, what: &str) -> Self {
         Self::new(UserErrorCode::NotFound, field, format!("There is no {what} with this id."))
     }
-
-    /// Known, but not built yet.
-    pub fn not_supported(field: &str) -> Self {
-        Self::new(UserErrorCode::NotSupportedYet, field, format!("{field} is not supported yet. Leave it out."))
-    }
 }
 
 /// How an operation is refused: by values for the payload, or by an error.

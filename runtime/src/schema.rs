@@ -3,12 +3,16 @@
 
 mod strict;
 
+use jsonschema::{PatternOptions, Validator};
 use serde_json::{Map, Value, json};
 
 use crate::spec::OutputSchema;
 
 /// The property under which an output stands whose schema has no object at its root.
 const WRAPPER: &str = "response";
+
+/// The most bytes that one compiled pattern may take.
+const MAX_PATTERN_BYTES: usize = 1024 * 1024;
 
 /// Keywords whose value is a map from names to schemas.
 const SCHEMA_MAPS: [&str; 5] = ["properties", "patternProperties", "$defs", "definitions", "dependentSchemas"];
@@ -89,10 +93,20 @@ impl OutputSchema {
     }
 }
 
+/// A schema's validator. Its patterns are matched in linear time, and have bounded sizes; documents that it refers to are
+/// never fetched.
+///
+/// # Errors
+/// What is wrong with the schema, for whoever wrote it.
+pub fn compile(schema: &Value) -> Result<Validator, String> {
+    let patterns = PatternOptions::regex().size_limit(MAX_PATTERN_BYTES);
+    jsonschema::options().with_pattern_options(patterns).build(schema).map_err(|error| error.to_string())
+}
+
 /// By which keyword, as a path into the schema, a value does not fit. Where in the value is not said: its keys may be
 /// as secret as the rest of it. Nothing fits a schema that does not compile.
 pub fn misfit(schema: &Value, value: &Value) -> Option<String> {
-    let Ok(validator) = jsonschema::validator_for(schema) else { return Some(String::new()) };
+    let Ok(validator) = compile(schema) else { return Some(String::new()) };
     validator.iter_errors(value).next().map(|error| error.schema_path().as_str().to_owned())
 }
 

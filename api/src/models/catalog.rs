@@ -57,11 +57,6 @@ impl Catalog {
         self.models.get(name).cloned()
     }
 
-    /// Whether a model's provider runs tools of its own, see [`CatalogModel::has_hosted_tools`].
-    pub fn has_hosted_tools(&self, name: &str) -> bool {
-        self.models.get(name).is_some_and(|model| model.has_hosted_tools())
-    }
-
     /// All of them, by name.
     pub fn all(&self) -> impl Iterator<Item = &Arc<CatalogModel>> {
         self.models.values()

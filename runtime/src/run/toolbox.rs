@@ -45,7 +45,7 @@ impl Webhook {
     /// Whether arguments are a JSON object that fits the tool's schema. Nothing fits a schema that does not compile,
     /// one that refers to other documents among them: those are never fetched.
     pub fn fits(&self, arguments: &str) -> bool {
-        let compile = || jsonschema::validator_for(&self.tool.parameters).ok();
+        let compile = || schema::compile(&self.tool.parameters).ok();
         match object(arguments) {
             Some(arguments) => {
                 self.validator.get_or_init(compile).as_ref().is_some_and(|validator| validator.is_valid(&arguments))

@@ -14,13 +14,7 @@ const FAILED: &str = "An error occurred while running the tool. Please try again
 const MAX_MEMORY: u64 = 400;
 
 async fn stage() -> Stage {
-    Stage::set(
-        TestApp::builder()
-            .env("CLOISTER_PROVIDERS__SCRIPTED__ATTEMPTS", "2")
-            .env("CLOISTER_PROVIDERS__SCRIPTED__FIRST_BYTE_TIMEOUT_MS", "1000")
-            .env("CLOISTER_PROVIDERS__SCRIPTED__IDLE_TIMEOUT_MS", "1000"),
-    )
-    .await
+    Stage::set(TestApp::builder().env("CLOISTER_PROVIDERS__SCRIPTED__ATTEMPTS", "2")).await
 }
 
 /// What the server says it charged is what the run's ledger says, to the token, and it did not need much memory.
@@ -73,7 +67,8 @@ async fn arguments_of_ten_mebibytes_are_cut() {
     stage.model.script([Reply::tool_call_raw("look", &huge).chunks_of(64 * 1024)]);
     let agent = stage.agent(json!({"tools": [stage.tool("look")]})).await;
     let run = stage.run(&agent, "Go").await;
-    assert_eq!(run.error(), "MODEL_BEHAVIOR", "{}", run.run);
+    assert_eq!(run.error(), "MODEL_UNAVAILABLE");
+    assert!(run.run["error"]["message"].as_str().unwrap().contains("larger than"), "{}", run.run);
     assert!(stage.tools.requests().is_empty());
     assert_eq!((stage.model.requests().len(), &run.run["usage"]["requests"]), (1, &json!(1)), "it was paid for once");
     stays_small(&stage);
@@ -115,28 +110,33 @@ async fn names_of_others_tools_are_no_tools() {
     accounted(&stage, &run);
 }
 
+fn calls(count: usize) -> Reply {
+    let first = Reply::tool_call("look", json!({"at": 0}));
+    (1..count).fold(first, |reply, at| reply.and_tool_call("look", json!({"at": at})))
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_calls_of_a_turn_are_all_answered() {
+async fn many_calls_of_a_turn_are_all_answered_and_more_are_cut() {
     let stage = stage().await;
-    let reply = (1..1000)
-        .fold(Reply::tool_call("look", json!({"at": 0})), |reply, at| reply.and_tool_call("look", json!({"at": at})));
-    stage.model.script([reply, Reply::text("Done")]);
+    stage.model.script([calls(128), Reply::text("Done")]);
     let agent = stage.agent(json!({"tools": [stage.tool("look")], "maxToolConcurrency": 8})).await;
     let run = stage.run(&agent, "Go").await;
     assert_eq!(run.output(), "Done");
-    assert_eq!((run.outputs().len(), stage.tools.requests().len()), (1000, 1000));
+    assert_eq!((run.outputs().len(), stage.tools.requests().len()), (128, 128));
     let messages = stage.model.requests()[1].messages().to_vec();
-    let ids = |messages: &[Value]| -> Vec<Value> {
-        let calls = messages.iter().filter_map(|message| message["tool_calls"].as_array());
-        calls.flatten().map(|call| call["id"].clone()).collect()
-    };
-    let answered: Vec<Value> = messages
-        .iter()
-        .filter(|message| message["role"] == "tool")
-        .map(|message| message["tool_call_id"].clone())
-        .collect();
-    assert_eq!(ids(&messages), answered, "in call order");
+    let calls_of = |message: &Value| message["tool_calls"].as_array().cloned().unwrap_or_default();
+    let asked: Vec<Value> = messages.iter().flat_map(calls_of).map(|call| call["id"].clone()).collect();
+    let answers = messages.iter().filter(|message| message["role"] == "tool");
+    let answered: Vec<Value> = answers.map(|message| message["tool_call_id"].clone()).collect();
+    assert_eq!((asked.len(), &asked), (128, &answered), "in call order");
     accounted(&stage, &run);
+
+    stage.model.script([calls(1000)]);
+    let run = stage.run(&agent, "Go").await;
+    assert_eq!(run.error(), "MODEL_UNAVAILABLE");
+    assert!(run.run["error"]["message"].as_str().unwrap().contains("more than 128 tool calls"), "{}", run.run);
+    assert_eq!((stage.tools.requests().len(), &run.run["usage"]["requests"]), (128, &json!(1)), "none was made");
+    stays_small(&stage);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -183,7 +183,11 @@ async fn answers_that_are_no_answers_end_the_run() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_ends_the_run() {
-    let stage = stage().await;
+    let impatient = TestApp::builder()
+        .env("CLOISTER_PROVIDERS__SCRIPTED__ATTEMPTS", "2")
+        .env("CLOISTER_PROVIDERS__SCRIPTED__FIRST_BYTE_TIMEOUT_MS", "1000")
+        .env("CLOISTER_PROVIDERS__SCRIPTED__IDLE_TIMEOUT_MS", "1000");
+    let stage = Stage::set(impatient).await;
     stage.model.script([Reply::hang(), Reply::hang()]);
     let agent = stage.agent(json!({})).await;
     let run = stage.run(&agent, "Go").await;

@@ -223,6 +223,16 @@ async fn an_agents_fields_are_checked(builder: TestAppBuilder) {
         ("guardrails", with_stage("TOOL_INPUT", json!({"tool": "no spaces"})), "INVALID", "guardrails.0.tool"),
         ("guardrails", with_stage("OUTPUT", json!({"parallel": true})), "INVALID", "guardrails.0.parallel"),
         ("guardrails", with_stage("TOOL_INPUT", json!({"parallel": true})), "INVALID", "guardrails.0.parallel"),
+        ("guardrails", with_stage("INPUT", json!({"onTrip": "REJECT"})), "INVALID", "guardrails.0.onTrip"),
+        ("guardrails", with_stage("OUTPUT", json!({"message": "No."})), "INVALID", "guardrails.0.message"),
+        (
+            "guardrails",
+            with_stage("TOOL_INPUT", json!({"onTrip": "FAIL", "message": "No."})),
+            "INVALID",
+            "guardrails.0.message",
+        ),
+        ("guardrails", with_stage("TOOL_OUTPUT", json!({"message": ""})), "INVALID", "guardrails.0.message"),
+        ("guardrails", with_stage("TOOL_OUTPUT", json!({"message": long(10_001)})), "INVALID", "guardrails.0.message"),
         ("guardrails", rule("maxLength", json!(0)), "INVALID", "guardrails.0.rule.maxLength"),
         ("guardrails", rule("maxLength", json!(-5)), "INVALID", "guardrails.0.rule.maxLength"),
         ("guardrails", rule("maxLength", json!(10_000_001)), "INVALID", "guardrails.0.rule.maxLength"),
@@ -492,7 +502,15 @@ async fn a_runs_fields_are_checked(builder: TestAppBuilder) {
         assert_refused(&tenant.client, name, json!({"runId": own_run}), "STATE", "runId").await;
     }
     let decision = json!({"runId": own_run, "callId": "c", "approve": true, "argumentsHash": "h"});
-    assert_refused(&tenant.client, "decideToolCall", decision, "NOT_SUPPORTED_YET", "decideToolCall").await;
+    assert_refused(&tenant.client, "decideToolCall", decision.clone(), "STATE", "runId").await;
+    for (field, value) in [("runId", ""), ("runId", "\u{0}"), ("runId", &missing("run")), ("runId", &foreign_run)] {
+        let decision = with(&decision, field, json!(value));
+        assert_refused(&tenant.client, "decideToolCall", decision, "NOT_FOUND", "runId").await;
+    }
+    for (approve, message) in [(true, json!("Yes")), (false, json!("")), (false, json!(long(10_001)))] {
+        let decision = with(&with(&decision, "approve", json!(approve)), "message", message);
+        assert_refused(&tenant.client, "decideToolCall", decision, "INVALID", "message").await;
+    }
     assert_eq!(stored(&app, &tenant).await, before);
 }
 

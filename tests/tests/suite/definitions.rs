@@ -18,7 +18,7 @@ const DEFINITION: &str = "fragment D on AgentDefinition {
         ... on HostedTool { name config }
     }
     handoffs { agent { name } toolName inputFilter lastN nestHistory }
-    guardrails { name stage tool parallel rule {
+    guardrails { name stage tool parallel onTrip message rule {
         __typename
         ... on RegexRule { pattern tripOnMatch } ... on MaxLengthRule { characters }
         ... on JsonSchemaRule { schema } ... on AgentRule { agent { name } }
@@ -57,8 +57,8 @@ async fn all_of_a_definition_is_read_as_it_was_saved(app: TestAppBuilder) {
         "guardrails": [
             {"name": "words", "stage": "INPUT", "parallel": true, "rule": {"regex": {"pattern": "(?i)bad"}}},
             {"name": "must", "stage": "OUTPUT", "rule": {"regex": {"pattern": "good", "tripOnMatch": false}}},
-            {"name": "long", "stage": "TOOL_OUTPUT", "rule": {"maxLength": 100}},
-            {"name": "fits", "stage": "TOOL_INPUT", "tool": "hook", "rule": {"jsonSchema": parameters}},
+            {"name": "long", "stage": "TOOL_OUTPUT", "onTrip": "FAIL", "rule": {"maxLength": 100}},
+            {"name": "fits", "stage": "TOOL_INPUT", "tool": "hook", "message": "No.", "rule": {"jsonSchema": parameters}},
             {"name": "judge", "stage": "OUTPUT", "rule": {"agentId": other}},
         ],
     });

@@ -17,7 +17,7 @@ on_both!(
 );
 
 /// Models beside the scripted one: `thinker` is asked over the Responses API, `spare` costs twice as much, `small` gives
-/// few tokens, `nobody`'s provider is not configured and `away`'s not there.
+/// few tokens, and `away`'s provider is not there.
 fn with_models(builder: TestAppBuilder) -> TestAppBuilder {
     let model = |name: &str, provider: &str, max: u32, input: u32, api: &str| {
         format!(
@@ -29,7 +29,6 @@ fn with_models(builder: TestAppBuilder) -> TestAppBuilder {
         .config(&model("thinker", "scripted", 16_384, 1, "api = \"responses\""))
         .config(&model("spare", "scripted", 16_384, 2, ""))
         .config(&model("small", "scripted", 300, 1, ""))
-        .config(&model("nobody", "nowhere", 16_384, 1, ""))
         .config(&model("away", "away", 16_384, 1, ""))
         .env("CLOISTER_PROVIDERS__AWAY__BASE_URL", "http://127.0.0.1:1/v1")
         .env("CLOISTER_PROVIDERS__AWAY__ATTEMPTS", "1")
@@ -155,7 +154,8 @@ async fn a_response_that_the_provider_ends_itself_fails_the_run_and_is_charged(b
 
 async fn the_first_model_that_is_there_answers_and_is_charged_at_its_price(builder: TestAppBuilder) {
     let stage = Stage::set(with_models(builder)).await;
-    let models = json!({"model": "nobody", "fallbackModels": ["away", "scripted", "spare"],
+    // Nobody has configured OpenAI.
+    let models = json!({"model": "gpt-4o", "fallbackModels": ["away", "scripted", "spare"],
                         "modelSettings": {"maxOutputTokens": 900}});
     let agent = stage.agent(models).await;
     stage.model.script([Reply::status(503), Reply::status(429).retry_after(0), Reply::text("Spared.").usage(100, 10)]);
@@ -170,7 +170,7 @@ async fn the_first_model_that_is_there_answers_and_is_charged_at_its_price(build
     assert_eq!((rows[0].run_id, rows[0].attempt), (Some(uuid(&ended.id())), 4), "away once, scripted twice");
 
     // A model that gives less than it is asked for is asked for what it gives.
-    let agent = json!({"name": "Small", "model": "nobody", "fallbackModels": ["small"],
+    let agent = json!({"name": "Small", "model": "gpt-4o", "fallbackModels": ["small"],
                        "modelSettings": {"maxOutputTokens": 900}});
     let agent = stage.agent(agent).await;
     stage.model.script([Reply::text("Yes.")]);
@@ -207,7 +207,7 @@ async fn what_comes_back_before_an_answer_decides_about_the_next_model(builder: 
     assert_eq!(none.error(), "MODEL_UNAVAILABLE");
     let message = none.run["error"]["message"].as_str().unwrap();
     assert!(message.contains("scripted: ") && message.contains("spare: "), "{message}");
-    assert_eq!(rows_of(&db, &none.id()).await, []);
+    assert!(rows_of(&db, &none.id()).await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,6 +18,19 @@ on_both!(
     a_rollback_brings_back_what_was_frozen,
 );
 
+/// A model of a provider that runs tools itself.
+const RESPONDING: &str = r#"
+[[models]]
+name = "responding"
+provider = "scripted"
+api = "responses"
+context_window = 128000
+max_output_tokens = 16384
+[models.price]
+input = "1.00"
+output = "2.00"
+"#;
+
 fn at(code: &str, field: &str) -> (String, String) {
     (code.to_owned(), field.to_owned())
 }
@@ -28,6 +41,10 @@ fn agent_tool(name: &str, id: &str) -> Value {
 
 fn mcp(name: &str, allowed: &[&str]) -> Value {
     json!({"mcp": {"name": name, "url": "https://example.com/mcp", "allowedTools": allowed}})
+}
+
+fn hosted(config: Value) -> Value {
+    json!({"hosted": {"name": "web_search", "config": config}})
 }
 
 fn judged_by(name: &str, id: &str) -> Value {
@@ -44,7 +61,7 @@ fn verdict() -> Value {
 }
 
 async fn each_problem_is_told_with_its_path(app: TestAppBuilder) {
-    let stage = Stage::set(app).await;
+    let stage = Stage::set(app.config(RESPONDING)).await;
     let client = stage.client();
     let b = stage.agent(json!({"name": "B"})).await;
     let webhook = |name: &str| tool(name, "https://example.com/", json!({}));
@@ -71,7 +88,28 @@ async fn each_problem_is_told_with_its_path(app: TestAppBuilder) {
             "handoffs.0.toolName",
             json!({"tools": [agent_tool("x", &b)], "handoffs": [{"agentId": b, "toolName": "x"}]}),
         ),
-        ("INVALID", "tools.0.hosted", json!({"tools": [{"hosted": {"name": "web_search"}}]})),
+        ("INVALID", "tools.0.hosted", json!({"tools": [hosted(json!({}))]})),
+        ("INVALID", "tools.0.hosted", json!({"model": "demo", "tools": [hosted(json!({}))]})),
+        (
+            "INVALID",
+            "tools.0.hosted",
+            json!({"model": "responding", "fallbackModels": ["scripted"], "tools": [hosted(json!({}))]}),
+        ),
+        (
+            "NAME_COLLISION",
+            "tools.1.hosted.name",
+            json!({"model": "responding", "tools": [webhook("web_search"), hosted(json!({}))]}),
+        ),
+        (
+            "NAME_COLLISION",
+            "tools.1.hosted.name",
+            json!({"model": "responding", "tools": [hosted(json!({"a": 1})), hosted(json!({"a": 1}))]}),
+        ),
+        (
+            "INVALID",
+            "stopAtTools.0",
+            json!({"model": "responding", "tools": [hosted(json!({}))], "stopAtTools": ["web_search"]}),
+        ),
         ("INVALID", "tools.0.webhook.parameters", taking(open.clone())),
         ("INVALID", "tools.0.webhook.parameters", taking(object(json!({"a": {"items": open}})))),
         ("INVALID", "tools.0.webhook.parameters", taking(json!({"anyOf": [object(json!({})), object(json!({}))]}))),
@@ -156,7 +194,7 @@ async fn the_problems_of_a_whole_graph_are_told_together(app: TestAppBuilder) {
 }
 
 async fn what_can_be_proven_is_published(app: TestAppBuilder) {
-    let stage = Stage::set(app).await;
+    let stage = Stage::set(app.config(RESPONDING)).await;
     let b = stage.agent(json!({"name": "B", "outputSchema": verdict()})).await;
     let nullable = json!({"anyOf": [{"type": "string"}, {"type": "null"}]});
     let by_reference = json!({
@@ -174,6 +212,8 @@ async fn what_can_be_proven_is_published(app: TestAppBuilder) {
         json!({"tools": [mcp("M", &["x"]), mcp("N", &[])], "guardrails": [any(Value::Null)]}),
         json!({"handoffs": [{"agentId": b}], "modelSettings": {"toolChoice": "transfer_to_b"}}),
         json!({"guardrails": [judged_by("g", &b), judged_by("h", &referring)]}),
+        json!({"model": "responding", "tools": [hosted(json!({"a": 1})), hosted(json!({"a": 2}))],
+               "modelSettings": {"toolChoice": "web_search"}}),
         json!({"outputSchema": {"type": "array", "items": {"type": "integer"}}}),
         json!({"outputSchema": object(json!({"name": nullable, "again": {"$ref": "#"}}))}),
         json!({"instructions": r#"{{ name }} \{{not}} {"a": {"b": 1}} }}"#, "fallbackModels": ["demo", "gpt-4o"]}),

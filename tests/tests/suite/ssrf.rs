@@ -127,7 +127,7 @@ const MALFORMED: [&str; 14] = [
     "http://[fe80::1%eth0]/",
     "http://127.0.0.1:99999/",
     "http://127.0.0.1%00.example.com/",
-    "http:///etc/passwd",
+    "http://",
     "http://256.256.256.256/",
     "file:///etc/passwd",
     "gopher://127.0.0.1/",

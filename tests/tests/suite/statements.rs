@@ -78,7 +78,7 @@ async fn the_number_of_statements_does_not_depend_on_the_number_of_rows(app: Tes
     });
     join_all(tenants).await;
     // Drafts that lead to others in every way.
-    let drafts = agents.iter().map(async |agent| {
+    let drafts = agents.iter().chain([&target]).map(async |agent| {
         let fields = json!({
             "tools": [{"agent": {"name": "ask", "description": "", "agentId": target}}],
             "guardrails": [{"name": "judge", "stage": "INPUT", "rule": {"agentId": target}}],

@@ -1,23 +1,19 @@
 //! JSON Schemas as tenants write them.
 
-use jsonschema::PatternOptions;
+use cloister_runtime::schema;
 use serde_json::Value;
 
 use crate::error::UserError;
 use crate::input::Checks;
 
 const MAX_BYTES: usize = 64 * 1024;
-/// Bytes that one pattern may take compiled.
-const MAX_PATTERN_BYTES: usize = 1024 * 1024;
 
 /// A JSON Schema: an object that compiles, its patterns in linear time.
-pub fn check_schema(checks: &mut Checks, field: &str, schema: &Value) {
-    if !schema.is_object() {
+pub fn check_schema(checks: &mut Checks, field: &str, value: &Value) {
+    if !value.is_object() {
         checks.push(UserError::invalid(field, "This must be a JSON Schema: an object."));
-    } else if check_size(checks, field, schema)
-        && let Err(error) = jsonschema::options()
-            .with_pattern_options(PatternOptions::regex().size_limit(MAX_PATTERN_BYTES))
-            .build(schema)
+    } else if check_size(checks, field, value)
+        && let Err(error) = schema::compile(value)
     {
         checks.push(UserError::invalid(field, format!("This is not a JSON Schema: {error}.")));
     }

@@ -132,8 +132,9 @@ fn prove_models(app: &App, refusals: &mut Refusals<'_>) {
     definition.check_known_models(app, |field, message| refusals.push(UserErrorCode::UnknownModel, field, message));
     for (at, tool) in definition.tools.iter().enumerate() {
         let Tool::Hosted(tool) = tool else { continue };
-        let lacking = definition.models().find(|(_, model)| !app.catalog.has_hosted_tools(model));
-        if let Some((_, model)) = lacking {
+        // One that is unknown is told already.
+        let lacks = |model: &str| app.catalog.get(model).is_some_and(|known| !known.has_hosted_tools());
+        if let Some((_, model)) = definition.models().find(|(_, model)| lacks(model)) {
             let message = format!(
                 "{:?} is a tool that the provider runs, and the provider of {model:?} runs none: that takes the \
                  Responses API.",

@@ -145,9 +145,13 @@ fn is_role_alone(record: &str) -> bool {
     ROLES.contains(&role)
 }
 
+/// The SDK's word for who said what has no role.
+fn or_developer(role: &str) -> &str {
+    if role.is_empty() { "developer" } else { role }
+}
+
 /// `role (name)` taken apart.
 fn split_name(role: &str) -> (&str, Option<&str>) {
-    let or_developer = |role| if role == "" { "developer" } else { role };
     if let Some(open) = role.rfind('(').filter(|_| role.ends_with(')')) {
         let name = strip(&role[open + 1..role.len() - 1]);
         if !name.is_empty() {
