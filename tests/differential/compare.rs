@@ -1,4 +1,12 @@
-//! What must be equal, and the few things that need not.
+//! What must be equal, and the few things that need not. These, and nothing else:
+//!
+//! - a request's [`ALLOWED_IN_REQUESTS`];
+//! - the order of a turn's outputs among the items, and of calls among the webhooks' requests: the journal has outputs
+//!   as they finish. What the model is told stands in order, and the requests show it;
+//! - a scenario that says `concurrent`: the order of the requests of agents that run at the same time;
+//! - after a handoff that removes tools: the SDK's result forgets the turn's tools, the journal keeps everything;
+//! - after an error: the SDK's exceptions don't tell of the turn that failed (some of nothing at all), nor what it cost.
+//!   What the provider charged is compared with our usage instead, always.
 
 use std::fmt::Write;
 
@@ -7,7 +15,7 @@ use serde_json::{Value, json};
 use crate::scenario::Scenario;
 use crate::script::Asked;
 
-/// Fields of a request that may differ, each with its reason. Nothing else may.
+/// Fields of a request that may differ, each with its reason.
 const ALLOWED_IN_REQUESTS: [(&str, &str); 2] = [
     ("stream", "Cloister streams every answer, so that whoever watches a run sees it at once"),
     ("stream_options", "and asks for its usage, which the SDK does only when it is told to"),
@@ -72,15 +80,16 @@ fn calls(ours: &Side, sdk: &Side) -> Option<String> {
 fn outcomes(scenario: &Scenario, ours: &Side, sdk: &Side) -> Option<String> {
     for (at, (left, right)) in ours.runs.iter().zip(&sdk.runs).enumerate() {
         let (mut left, mut right) = (left.clone(), right.clone());
-        let items = items_without_filtered(scenario, in_order(&left["items"]));
-        left["items"] = if right["error"].is_null() { items.into() } else { without_failed_turn(items, &right["items"]) };
+        let items = in_order(&without_filtered(scenario, &left["items"]).into());
+        left["items"] =
+            if right["error"].is_null() { items.into() } else { without_failed_turn(items, &right["items"]) };
         if right["items"].is_array() {
             right["items"] = in_order(&right["items"]).into();
         }
         for item in left["items"].as_array_mut().into_iter().flatten() {
             item.as_object_mut().expect("an item").remove("turn");
         }
-        for field in ["pauses", "error", "output", "json", "agent", "items", "usage"] {
+        for field in ["pauses", "error", "output", "json", "agent", "items", "usage", "streamed"] {
             // Exceptions don't tell what the turn cost that failed, and some of them nothing of the run.
             let is_known = field != "usage" && (!right[field].is_null() || !["agent", "items"].contains(&field));
             if !right["error"].is_null() && !is_known {
@@ -111,24 +120,29 @@ fn in_order(items: &Value) -> Vec<Value> {
     sorted
 }
 
-/// Our items as the SDK has them after a handoff that removes tools: of its turn it forgets what the journal keeps.
-fn items_without_filtered(scenario: &Scenario, items: Vec<Value>) -> Vec<Value> {
-    let removes_tools = |from: &Value, to: &Value| {
-        let named = |name: &Value| scenario.agents.iter().find(|(key, agent)| agent.name.as_ref().unwrap_or(key) == name);
-        let (Some((_, from)), Some((to, _))) = (named(from), named(to)) else { return false };
-        let leads_there = |handoff: &&serde_json::Map<String, Value>| handoff["agent"] == to.as_str();
-        let handoff = from.handoffs.iter().find(leads_there);
-        handoff.is_some_and(|handoff| handoff.get("inputFilter").is_some_and(|filter| filter == "REMOVE_TOOLS"))
-    };
+/// Our items as the SDK has them after a handoff that removes tools: of its turn it forgets what the journal keeps,
+/// unless the turn paused in between.
+fn without_filtered(scenario: &Scenario, items: &Value) -> Vec<Value> {
     let mut kept = Vec::new();
-    for item in items {
-        let filtered = (item["kind"] == "handoff" && removes_tools(&item["agent"], &item["to"])).then(|| item["turn"].clone());
-        kept.push(item);
-        if let Some(turn) = filtered {
-            kept.retain(|item: &Value| item["kind"] == "message" || item["turn"] != turn);
+    for item in items.as_array().into_iter().flatten() {
+        kept.push(item.clone());
+        if item["kind"] == "handoff" && removes_tools(scenario, &item["agent"], &item["to"]) {
+            let begun = kept.iter().position(|other| other["turn"] == item["turn"]).unwrap_or_default();
+            let paused = kept.iter().rposition(|other| other["kind"] == "asked").map_or(0, |at| at + 1);
+            let since = kept.split_off(begun.max(paused));
+            kept.extend(since.into_iter().filter(|item| item["kind"] == "message"));
         }
     }
+    kept.retain(|item| item["kind"] != "asked");
     kept
+}
+
+/// Whether the handoff from one agent to another removes tools; both by name.
+fn removes_tools(scenario: &Scenario, from: &Value, to: &Value) -> bool {
+    let named = |name: &Value| scenario.agents.iter().find(|(key, agent)| agent.name.as_ref().unwrap_or(key) == name);
+    let (Some((_, from)), Some((to, _))) = (named(from), named(to)) else { return false };
+    let handoff = from.handoffs.iter().find(|handoff| handoff["agent"] == to.as_str());
+    handoff.is_some_and(|handoff| handoff.get("inputFilter").is_some_and(|filter| filter == "REMOVE_TOOLS"))
 }
 
 /// Our items without the turn that failed, unless the SDK's exception tells of it too.
@@ -136,7 +150,9 @@ fn without_failed_turn(items: Vec<Value>, sdk: &Value) -> Value {
     let known = sdk.as_array().map_or(0, Vec::len);
     let failed = items.last().map(|item| item["turn"].clone());
     let is_all_of_it = items.iter().skip(known).all(|item| Some(&item["turn"]) == failed.as_ref())
-        && known.checked_sub(1).is_none_or(|last| items.get(last).is_none_or(|item| Some(&item["turn"]) != failed.as_ref()));
+        && known
+            .checked_sub(1)
+            .is_none_or(|last| items.get(last).is_none_or(|item| Some(&item["turn"]) != failed.as_ref()));
     if is_all_of_it { items.into_iter().take(known).collect() } else { items.into() }
 }
 

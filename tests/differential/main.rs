@@ -30,7 +30,8 @@ fn main() {
     }
     let number = |name: &str, default: u64| {
         let value = std::env::var(name).ok().filter(|value| !value.is_empty());
-        value.map_or(default, |value| value.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {value:?}")))
+        value
+            .map_or(default, |value| value.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {value:?}")))
     };
     let first = number("FIRST", 1);
     for seed in first..first + number("SEEDS", 50) {

@@ -20,12 +20,19 @@ const RUN: &str = "query ($id: ID!, $after: String) { run(id: $id) {
         ... on ToolCallItem { callId name arguments }
         ... on ToolOutputItem { callId output }
         ... on HandoffItem { callId toAgentName }
+        ... on ApprovalItem { approved }
         ... on GuardrailItem { name }
     } }
 } }";
 
 /// Types of the calls that a provider makes itself.
 const HOSTED: [&str; 3] = ["web_search_call", "code_interpreter_call", "image_generation_call"];
+
+const EVENTS: &str = "subscription ($id: ID!) { runEvents(runId: $id) {
+    __typename
+    ... on TextDelta { turn index offset text }
+    ... on RunItemAdded { item { __typename turn scope ... on MessageItem { role part: index text } } }
+} }";
 
 /// Plays a scenario with the model of this name; the outcome of each run.
 ///
@@ -47,9 +54,12 @@ pub async fn play(client: &Client, model: &str, scenario: &Scenario, servers: &S
             None => {}
         }
         let started = stage.mutate("startRun", "StartRunInput", "run { id }", input).await;
-        let (state, pauses) = stage.follow(started["run"]["id"].as_str().expect("an id"), run).await;
+        let id = started["run"]["id"].as_str().expect("an id");
+        let (streamed, (state, pauses)) = tokio::join!(stage.streamed(id), stage.follow(id, run));
         conversation = state["conversation"]["id"].as_str().map(str::to_owned);
-        outcomes.push(outcome(&state, pauses));
+        let mut outcome = outcome(&state, pauses);
+        outcome["streamed"] = json!(streamed);
+        outcomes.push(outcome);
     }
     outcomes
 }
@@ -101,7 +111,8 @@ impl Stage<'_> {
         each(&mut fields, "tools", &|tool| {
             let tool = tool.as_object_mut().expect("a tool");
             if let Some(webhook) = tool.get_mut("webhook") {
-                webhook["url"] = json!(self.servers.tools.url(&format!("/{}", webhook["name"].as_str().expect("a name"))));
+                webhook["url"] =
+                    json!(self.servers.tools.url(&format!("/{}", webhook["name"].as_str().expect("a name"))));
             }
             tool.values_mut().for_each(with_id);
         });
@@ -137,8 +148,10 @@ impl Stage<'_> {
                 }
             }
             let pending = state["pendingApprovals"].as_array().expect("approvals").clone();
-            let shown = |call: &Value| json!({"call": call["callId"], "name": call["name"], "arguments": call["arguments"]});
-            let calls: Vec<String> = pending.iter().map(|call| call["callId"].as_str().expect("an id").to_owned()).collect();
+            let shown =
+                |call: &Value| json!({"call": call["callId"], "name": call["name"], "arguments": call["arguments"]});
+            let calls: Vec<String> =
+                pending.iter().map(|call| call["callId"].as_str().expect("an id").to_owned()).collect();
             let decisions = run.decisions_at(pauses.len(), &calls, decided.len());
             pauses.push(pending.iter().map(shown).collect());
             let Some(decisions) = decisions else { return (state, pauses) };
@@ -147,6 +160,35 @@ impl Stage<'_> {
                 decided.insert(decision.call);
             }
         }
+    }
+
+    /// The text that a subscriber sees of a run that is decided about to its end; none if the scenario doesn't stream.
+    async fn streamed(&self, id: &str) -> Option<String> {
+        if !self.scenario.stream {
+            return None;
+        }
+        let mut events = self.client.subscribe_sse(EVENTS, json!({"id": id})).await;
+        let mut messages = BTreeMap::<(u64, u64), String>::new();
+        while let Some(result) = events.next_result().await {
+            let event = &result["data"]["runEvents"];
+            let item = &event["item"];
+            let place =
+                |value: &Value, index: &str| (value["turn"].as_u64().unwrap_or(0), value[index].as_u64().unwrap_or(0));
+            if event["__typename"] == "TextDelta" {
+                let text = messages.entry(place(event, "index")).or_default();
+                let offset = event["offset"].as_u64().expect("an offset") as usize;
+                // What is below the length that is there overlaps.
+                text.truncate(offset);
+                assert_eq!(text.len(), offset, "a delta leaves a gap: {event}");
+                *text += event["text"].as_str().expect("a text");
+            } else if item["role"] == "ASSISTANT" && item["scope"].is_null() {
+                let whole = item["text"].as_str().expect("a text");
+                let text = messages.entry(place(item, "part")).or_default();
+                assert!(whole.starts_with(text.as_str()), "{text:?} was streamed of {whole:?}");
+                whole.clone_into(text);
+            }
+        }
+        Some(messages.into_values().collect())
     }
 
     async fn decide(&self, id: &str, pending: &[Value], decision: &Decision) {
@@ -184,7 +226,9 @@ fn is_at_rest(state: &Value, decided: &HashSet<String>) -> bool {
     let items = state["items"]["nodes"].as_array().expect("items");
     let is_answered = |call: &&String| {
         let answers = ["ToolOutputItem", "HandoffItem"];
-        items.iter().any(|item| answers.iter().any(|kind| item["__typename"] == *kind) && item["callId"] == call.as_str())
+        items
+            .iter()
+            .any(|item| answers.iter().any(|kind| item["__typename"] == *kind) && item["callId"] == call.as_str())
     };
     pending.iter().all(|call| !decided.contains(call["callId"].as_str().unwrap_or_default()))
         && decided.iter().all(|call| is_answered(&call))
@@ -230,7 +274,9 @@ fn neutral(item: &Value) -> Option<Value> {
     }
     let (agent, turn) = (&item["agentName"], &item["turn"]);
     let mut told = match item["__typename"].as_str().expect("a type") {
-        "MessageItem" if item["role"] == "ASSISTANT" => json!({"kind": "message", "agent": agent, "text": item["text"]}),
+        "MessageItem" if item["role"] == "ASSISTANT" => {
+            json!({"kind": "message", "agent": agent, "text": item["text"]})
+        }
         "ReasoningItem" => json!({"kind": "reasoning", "agent": agent, "text": item["text"]}),
         "ToolCallItem" if HOSTED.iter().any(|name| item["name"] == *name) => {
             json!({"kind": "hosted_call", "agent": agent, "call": item["callId"], "name": item["name"]})
@@ -240,6 +286,7 @@ fn neutral(item: &Value) -> Option<Value> {
         }),
         "ToolOutputItem" => json!({"kind": "output", "agent": agent, "call": item["callId"], "output": item["output"]}),
         "HandoffItem" => json!({"kind": "handoff", "agent": agent, "call": item["callId"], "to": item["toAgentName"]}),
+        "ApprovalItem" if item["approved"].is_null() => json!({"kind": "asked"}),
         _ => return None,
     };
     told["turn"] = turn.clone();

@@ -20,7 +20,8 @@ const SHRINKING: Duration = Duration::from_secs(60);
 const AGENTS: [(&str, Option<&str>); 3] = [("ada", None), ("bob", Some("Böb 2")), ("eve", Some("EVE"))];
 
 /// What the user and the model say.
-const WORDS: [&str; 8] = ["Hi", "It is sunny.", "secret", "Grüße 🎉", "a \"b\" \\ c\nd", "{\"n\": 1}", "{\"n\": \"x\"}", " "];
+const WORDS: [&str; 8] =
+    ["Hi", "It is sunny.", "secret", "Grüße 🎉", "a \"b\" \\ c\nd", "{\"n\": 1}", "{\"n\": \"x\"}", " "];
 
 const TOOLS: [&str; 3] = ["look", "add", "send"];
 
@@ -97,7 +98,8 @@ fn agent(at: usize, count: usize) -> impl Strategy<Value = Agent> {
         1 => Just((Some("STOP_AT_TOOLS".to_owned()), Some(vec!["look".to_owned()]))),
     ];
     let what_it_knows = (collection::vec(any::<[bool; 2]>(), TOOLS.len()), handoffs, some_of(1), guardrails());
-    let others = (settings(), behaviour, option::weighted(0.3, 1_u32..=5), any::<bool>(), option::weighted(0.2, schema()));
+    let others =
+        (settings(), behaviour, option::weighted(0.3, 1_u32..=5), any::<bool>(), option::weighted(0.2, schema()));
     (what_it_knows, others).prop_map(move |((tools, handoffs, asked, guardrails), others)| {
         let (model_settings, (tool_use_behavior, stop_at_tools), max_turns, resets, output_schema) = others;
         let mut offered: Vec<Map<String, Value>> = Vec::new();
@@ -109,7 +111,8 @@ fn agent(at: usize, count: usize) -> impl Strategy<Value = Agent> {
         }
         for other in asked {
             let (key, _) = AGENTS[other];
-            let tool = json!({"agent": {"name": format!("ask_{key}"), "description": "Asks.", "agent": key, "maxTurns": 3}});
+            let tool =
+                json!({"agent": {"name": format!("ask_{key}"), "description": "Asks.", "agent": key, "maxTurns": 3}});
             offered.push(object(tool));
         }
         Agent {
@@ -223,7 +226,9 @@ fn reply() -> impl Strategy<Value = Reply> {
         let mut asks = calls.iter().filter(|call: &&Call| call.name.starts_with("ask_")).map(|call| call.name.clone());
         if let Some(first) = asks.next() {
             let mut is_there = false;
-            calls.retain(|call| !call.name.starts_with("ask_") || call.name == first && !std::mem::replace(&mut is_there, true));
+            calls.retain(|call| {
+                !call.name.starts_with("ask_") || call.name == first && !std::mem::replace(&mut is_there, true)
+            });
         }
         Reply { text, refusal, reasoning, calls, cached: cached * 8, reasoning_tokens, ..Reply::default() }
     })

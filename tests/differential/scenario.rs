@@ -142,9 +142,6 @@ pub struct Reply {
     /// An error with this HTTP status.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<u16>,
-    /// The answer's body byte by byte.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub raw: Option<String>,
     /// Tokens of the input that came from the cache.
     #[serde(default, skip_serializing_if = "is_default")]
     pub cached: u64,

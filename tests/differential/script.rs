@@ -143,9 +143,6 @@ fn render(number: usize, reply: &scenario::Reply) -> Reply {
         return Reply::status(status);
     }
     let (input, output) = charge(number);
-    if let Some(raw) = &reply.raw {
-        return Reply::raw(raw.clone()).usage(input, output);
-    }
     let mut made = match (&reply.text, &reply.refusal, &reply.hosted) {
         (Some(text), ..) => Reply::text(text),
         (None, Some(refusal), _) => Reply::refusal(refusal),

@@ -11,10 +11,10 @@ use tokio::sync::mpsc;
 use tokio::sync::{Mutex, MutexGuard};
 
 use crate::compare::{self, Side};
+use crate::ours;
 use crate::scenario::{Api, Scenario};
 use crate::script::Servers;
 use crate::sdk::Sdk;
-use crate::ours;
 
 /// Scenarios that are played at the same time.
 pub const STAGES: usize = 4;
