@@ -42,8 +42,8 @@ pub async fn model(
     // Again: who took the run away before the line above told nobody.
     let run = runs::Model { spec: run.spec, ..ready(app, caller, lease).await? };
     let spec: RunSpec = serde_json::from_value(run.spec.clone())?;
-    let is_next = from_seq == run.next_sequence;
-    if !is_next && !(spec.has_other_authors() && (1..run.next_sequence).contains(&from_seq)) {
+    let may_lie_before = spec.has_other_authors() && (1..run.next_sequence).contains(&from_seq);
+    if from_seq != run.next_sequence && !may_lie_before {
         return Err(wrong_sequence(&run));
     }
     let agent = match &scope {

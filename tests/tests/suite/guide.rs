@@ -46,7 +46,10 @@ fn scripts() -> HashMap<&'static str, Vec<Reply>> {
         ("MCP servers", vec![call("find_order", json!({"number": 7})), Reply::text("Order 7 is on its way.")]),
         (
             "Hosted tools",
-            vec![Reply::hosted_call("web_search_call", json!({"action": {"type": "search", "query": "Who won?"}})).and_text("Team A won.")],
+            vec![
+                Reply::hosted_call("web_search_call", json!({"action": {"type": "search", "query": "Who won?"}}))
+                    .and_text("Team A won."),
+            ],
         ),
         (
             "Guardrails",
