@@ -124,6 +124,10 @@ pub enum Body {
         output: String,
         /// Whether the text is ours, in place of an answer.
         is_error: bool,
+        /// What the model is shown in place of the text: `input_text` and `input_image` parts, as an MCP server's output
+        /// has them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        parts: Vec<Value>,
     },
     /// The handoff took place; the output of its call.
     Handoff {
@@ -163,7 +167,15 @@ pub enum Body {
 impl Body {
     /// A tool's answer.
     pub fn output(call_id: impl Into<String>, output: impl Into<String>, is_error: bool) -> Self {
-        Body::ToolOutput { call_id: call_id.into(), output: storable(output.into()), is_error }
+        Body::ToolOutput { call_id: call_id.into(), output: storable(output.into()), is_error, parts: Vec::new() }
+    }
+
+    /// A tool's answer with the parts that the model is shown in place of its text.
+    pub fn with_parts(mut self, shown: Vec<Value>) -> Self {
+        if let Body::ToolOutput { parts, .. } = &mut self {
+            *parts = shown.into_iter().map(storable_json).collect();
+        }
+        self
     }
 
     /// A change of state with nothing more to say.
@@ -189,6 +201,17 @@ fn is_false(value: &bool) -> bool {
 /// A text that came from outside, as a journal can hold it: PostgreSQL has no NUL.
 fn storable(text: String) -> String {
     if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
+}
+
+fn storable_json(mut value: Value) -> Value {
+    if let Value::Object(fields) = &mut value {
+        for field in fields.values_mut() {
+            if let Value::String(text) = field {
+                *text = storable(std::mem::take(text));
+            }
+        }
+    }
+    value
 }
 
 /// Where a run stands.
@@ -328,6 +351,9 @@ pub enum InputItem {
         call_id: String,
         /// The text.
         output: String,
+        /// Shown in place of the text, as in [`Body::ToolOutput`].
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        parts: Vec<Value>,
     },
     /// What was said before a handoff, in one message of an assistant (`nestHistory`).
     Summary {
@@ -363,8 +389,11 @@ pub fn transcript<'a>(steps: impl IntoIterator<Item = &'a Step> + Clone) -> Vec<
                     raw: raw.clone(),
                 })
             }
-            Body::ToolOutput { call_id, output, .. } | Body::Handoff { call_id, output, .. } => {
-                Some(InputItem::ToolOutput { call_id: call_id.clone(), output: output.clone() })
+            Body::ToolOutput { call_id, output, parts, .. } => {
+                Some(InputItem::ToolOutput { call_id: call_id.clone(), output: output.clone(), parts: parts.clone() })
+            }
+            Body::Handoff { call_id, output, .. } => {
+                Some(InputItem::ToolOutput { call_id: call_id.clone(), output: output.clone(), parts: Vec::new() })
             }
             Body::Reasoning { text, raw, .. } => Some(InputItem::Reasoning { text: text.clone(), raw: raw.clone() }),
             Body::Approval { .. } | Body::Guardrail { .. } | Body::Usage { .. } | Body::Status { .. } => None,

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use async_graphql::dataloader::{DataLoader, Loader};
 use async_graphql::{Context, Result};
-use cloister_runtime::item::Item;
+use cloister_runtime::item::{Item, RunErrorCode};
 use entity::{
     Shared, TenantOwned, agent_versions, agents, api_keys, cluster_tenants, conversations, models, prices, run_items,
     runs, runtime_tokens,
@@ -18,8 +18,8 @@ use entity::{
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, FuturesUnordered, Stream, StreamExt};
 use futures_util::task::AtomicWaker;
-use sea_orm::sea_query::{Order, Query};
-use sea_orm::{ColumnTrait, DbErr, QueryFilter, QueryOrder, QuerySelect, Select};
+use sea_orm::sea_query::{Expr, Order, Query, SelectStatement};
+use sea_orm::{ColumnTrait, DbErr, ExprTrait, QueryFilter, QueryOrder, QuerySelect, Select};
 use uuid::Uuid;
 
 use super::page::{List, Page, PageArgs, pages};
@@ -27,6 +27,7 @@ use crate::app::App;
 use crate::error::Error;
 use crate::runs::approvals;
 use crate::runs::journal::items_of;
+use crate::runs::status::code_name;
 use crate::usage::report::{self, Month, MonthUsage, Sum};
 use crate::viewer::Viewer;
 
@@ -355,6 +356,20 @@ impl Loader<ReachesOf> for Batch {
     }
 }
 
+/// That an item is of a response which ended its run as failed: no part of the conversation, as no later run is shown it.
+fn withheld() -> SelectStatement {
+    const CODES: [RunErrorCode; 3] = [RunErrorCode::Guardrail, RunErrorCode::ModelBehavior, RunErrorCode::ModelRefusal];
+    let of_item =
+        |column: runs::Column, of: run_items::Column| Expr::col((runs::Entity, column)).equals((run_items::Entity, of));
+    Query::select()
+        .expr(Expr::val(1))
+        .from(runs::Entity)
+        .and_where(of_item(runs::Column::Id, run_items::Column::RunId))
+        .and_where(of_item(runs::Column::Turns, run_items::Column::Turn))
+        .and_where(Expr::col((runs::Entity, runs::Column::ErrorCode)).is_in(CODES.map(code_name)))
+        .to_owned()
+}
+
 /// A conversation's messages, oldest first, by its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct MessagesOf(pub Uuid, pub PageArgs);
@@ -374,7 +389,8 @@ impl Loader<MessagesOf> for Batch {
                 .own::<run_items::Entity>()
                 .filter(run_items::Column::RunId.in_subquery(runs))
                 .filter(run_items::Column::Kind.eq("message"))
-                .filter(run_items::Column::Scope.is_null());
+                .filter(run_items::Column::Scope.is_null())
+                .filter(Expr::exists(withheld()).not());
             let then = Some(run_items::Column::Sequence);
             (*conversation_id, *args, List { rows, sort: run_items::Column::RunId, then, order: Order::Asc })
         });

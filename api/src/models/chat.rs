@@ -61,8 +61,15 @@ fn messages(upstream_model: &str, request: &ModelRequest, replay: Option<bool>) 
                 messages.say((!texts.is_empty()).then(|| texts.join("\n")), refusal);
             }
             InputItem::ToolCall { call_id, name, arguments, .. } => messages.call(tool_call(call_id, name, arguments)),
-            InputItem::ToolOutput { call_id, output } => {
-                messages.push(json!({"role": "tool", "tool_call_id": call_id, "content": output}));
+            InputItem::ToolOutput { call_id, output, parts } => {
+                // Chat Completions takes no images here.
+                let texts: Vec<Value> = parts
+                    .iter()
+                    .filter(|part| part["type"] == "input_text")
+                    .map(|part| json!({"type": "text", "text": part["text"]}))
+                    .collect();
+                let content = if texts.is_empty() { json!(output) } else { json!(texts) };
+                messages.push(json!({"role": "tool", "tool_call_id": call_id, "content": content}));
             }
             InputItem::Reasoning { text, raw } => {
                 messages.thought = Thought::of(text, raw.as_ref(), upstream_model, replay)
@@ -273,7 +280,7 @@ mod tests {
     }
 
     fn output(id: &str, output: &str) -> InputItem {
-        InputItem::ToolOutput { call_id: id.to_owned(), output: output.to_owned() }
+        InputItem::ToolOutput { call_id: id.to_owned(), output: output.to_owned(), parts: Vec::new() }
     }
 
     #[test]

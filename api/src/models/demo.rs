@@ -170,7 +170,7 @@ impl<'a> Turn<'a> {
     }
 
     fn quote_output(&self, item: &InputItem) -> Option<String> {
-        let InputItem::ToolOutput { call_id: answered, output } = item else { return None };
+        let InputItem::ToolOutput { call_id: answered, output, .. } = item else { return None };
         let name = self.since.iter().rev().find_map(|item| match item {
             InputItem::ToolCall { call_id, name, .. } if call_id == answered => Some(name.as_str()),
             _ => None,
@@ -375,7 +375,7 @@ mod tests {
             arguments: "{}".to_owned(),
             raw: None,
         });
-        request.input.push(InputItem::ToolOutput { call_id: id(), output: "12 °C\nrain".to_owned() });
+        request.input.push(InputItem::ToolOutput { call_id: id(), output: "12 °C\nrain".to_owned(), parts: vec![] });
         request
     }
 

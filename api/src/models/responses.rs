@@ -69,8 +69,11 @@ fn input_item(item: &InputItem) -> Option<Value> {
         InputItem::ToolCall { call_id, name, arguments, raw: None } => {
             json!({"type": "function_call", "call_id": call_id, "name": name, "arguments": arguments})
         }
-        InputItem::ToolOutput { call_id, output } => {
+        InputItem::ToolOutput { call_id, output, parts } if parts.is_empty() => {
             json!({"type": "function_call_output", "call_id": call_id, "output": output})
+        }
+        InputItem::ToolOutput { call_id, parts, .. } => {
+            json!({"type": "function_call_output", "call_id": call_id, "output": parts})
         }
     })
 }

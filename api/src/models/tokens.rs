@@ -64,7 +64,10 @@ fn count_input(item: &InputItem) -> i64 {
             | InputItem::Summary { text } => count_text(text),
             InputItem::HostedCall { raw } => count_text(&raw.to_string()),
             InputItem::ToolCall { name, arguments, .. } => PER_CALL + count_text(name) + count_text(arguments),
-            InputItem::ToolOutput { output, .. } => count_text(output),
+            InputItem::ToolOutput { output, parts, .. } if parts.is_empty() => count_text(output),
+            InputItem::ToolOutput { parts, .. } => {
+                parts.iter().map(|part| count_text(part["text"].as_str().unwrap_or_default())).sum()
+            }
         }
 }
 

@@ -208,7 +208,7 @@ impl From<Item> for RunItem {
                 arguments,
                 arguments_hash,
             }),
-            Body::ToolOutput { call_id, output, is_error } => RunItem::ToolOutput(ToolOutputItem {
+            Body::ToolOutput { call_id, output, is_error, .. } => RunItem::ToolOutput(ToolOutputItem {
                 sequence,
                 created_at,
                 agent_name,

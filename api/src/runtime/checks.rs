@@ -30,7 +30,7 @@ pub fn size(steps: &[Step]) -> Result<(), Refused> {
     if steps.is_empty() {
         return Err(Refused::invalid("An append needs an item."));
     }
-    let is_too_large = |step: &Step| texts(step).map(str::len).sum::<usize>() > MAX_ITEM_BYTES;
+    let is_too_large = |step: &Step| texts(step).map(str::len).sum::<usize>() + parts_bytes(step) > MAX_ITEM_BYTES;
     if steps.len() > MAX_ITEMS || steps.iter().any(is_too_large) {
         let message = format!("An append may have {MAX_ITEMS} items, an item {MAX_ITEM_BYTES} bytes of text.");
         return Err(Refused::new(RefusalCode::TooLarge, message));
@@ -40,6 +40,14 @@ pub fn size(steps: &[Step]) -> Result<(), Refused> {
         return Err(Refused::invalid("An item must not contain the NUL character."));
     }
     Ok(())
+}
+
+/// Bytes of what a model is shown in place of an output's text.
+fn parts_bytes(step: &Step) -> usize {
+    match &step.body {
+        Body::ToolOutput { parts, .. } => parts.iter().map(|part| part.to_string().len()).sum(),
+        _ => 0,
+    }
 }
 
 fn texts(step: &Step) -> impl Iterator<Item = &str> {

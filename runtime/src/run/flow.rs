@@ -149,9 +149,9 @@ impl Flow {
             let mut bodies = Vec::new();
             for answer in batch {
                 match answer {
-                    Answer::Output { call_id, output, is_error, trip } => {
+                    Answer::Output { call_id, output, parts, is_error, trip } => {
                         bodies.extend(trip.map(|trip| trip.into_body(Some(call_id.clone()))));
-                        bodies.push(Body::output(call_id, output, is_error));
+                        bodies.push(Body::output(call_id, output, is_error).with_parts(parts));
                     }
                     Answer::Waits { call_id } => drop(self.waiting.insert(call_id)),
                     // The others' calls are finished first: their outputs are paid for.

@@ -11,7 +11,7 @@ use super::texts;
 use super::toolbox::{Target, Toolbox};
 use super::turn::{Call, Output, Turn};
 use crate::item::{Body, InputItem, Role, RunError, RunErrorCode, Step};
-use crate::spec::{AgentSpec, GuardrailStage, HandoffFilter};
+use crate::spec::{AgentSpec, Guardrail, GuardrailStage, HandoffFilter};
 
 /// A run's agents.
 pub type Agents = BTreeMap<Uuid, Arc<AgentSpec>>;
@@ -179,6 +179,7 @@ impl State {
                     self.decide(call_id.clone(), Decision { approved: *approved, message: message.clone() }, *always);
                 }
             },
+            Body::Guardrail { name, stage, .. } if !self.ends_run(name, *stage) => {}
             Body::Guardrail { name, stage, reason, .. } => {
                 self.trip = Some(Trip { name: name.clone(), stage: *stage, reason: reason.clone() });
             }
@@ -188,6 +189,17 @@ impl State {
                 if error.as_ref().is_some_and(|error| is_of_response(error.code)) {
                     self.forget_failed_response();
                 }
+            }
+        }
+    }
+
+    /// Whether a guardrail's trip ends the run. At the tool stages that is the agent's to say.
+    fn ends_run(&self, name: &str, stage: GuardrailStage) -> bool {
+        let is_meant = |guardrail: &&Guardrail| guardrail.name == name && guardrail.stage == stage;
+        match stage {
+            GuardrailStage::Input | GuardrailStage::Output => true,
+            GuardrailStage::ToolInput | GuardrailStage::ToolOutput => {
+                self.caller().guardrails.iter().find(is_meant).is_none_or(|guardrail| guardrail.ends_run)
             }
         }
     }

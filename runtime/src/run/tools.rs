@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, stream};
+use serde_json::Value;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::checks::{self, Tripped};
@@ -29,6 +30,8 @@ pub enum Answer {
         call_id: String,
         /// The text.
         output: String,
+        /// Shown to the model in place of the text.
+        parts: Vec<Value>,
         /// Whether the text is ours.
         is_error: bool,
         /// The guardrail in whose place the text stands.
@@ -50,8 +53,8 @@ pub enum Answer {
     Halts(Halt),
 }
 
-/// An output, or what the model is told instead.
-type Told = Result<String, String>;
+/// An output and its parts, or what the model is told instead.
+type Told = Result<(String, Vec<Value>), String>;
 
 /// A call with all it needs, apart from the run's state.
 struct Invocation {
@@ -90,8 +93,7 @@ impl Invocation {
 
     /// The call between its guardrails: in order, the first that trips decides.
     async fn guarded(self) -> Answer {
-        let arguments = if self.call.arguments.is_empty() { "{}" } else { &self.call.arguments };
-        if let Some(answer) = self.check(GuardrailStage::ToolInput, arguments).await {
+        if let Some(answer) = self.check(GuardrailStage::ToolInput, &self.call.arguments).await {
             return answer;
         }
         let told = match self.invoke().await {
@@ -99,13 +101,13 @@ impl Invocation {
             Ok(None) => return Answer::Waits { call_id: self.call.id },
             Err(halt) => return Answer::Halts(halt),
         };
-        let (output, is_error) = match told {
-            Ok(output) => (output, false),
-            Err(text) => (text, true),
+        let (output, parts, is_error) = match told {
+            Ok((output, parts)) => (output, parts, false),
+            Err(text) => (text, Vec::new(), true),
         };
         match self.check(GuardrailStage::ToolOutput, &output).await {
             Some(answer) => answer,
-            None => Answer::Output { call_id: self.call.id, output, is_error, trip: None },
+            None => Answer::Output { call_id: self.call.id, output, parts, is_error, trip: None },
         }
     }
 
@@ -128,7 +130,7 @@ impl Invocation {
             }
             let message = guardrail.message.clone();
             let output = message.unwrap_or_else(|| texts::rejected(&guardrail.name, &trip.reason));
-            return Some(Answer::Output { call_id, output, is_error: true, trip: Some(trip) });
+            return Some(Answer::Output { call_id, output, parts: Vec::new(), is_error: true, trip: Some(trip) });
         }
         None
     }
@@ -162,7 +164,8 @@ impl Invocation {
             place: &format!("{}{turn}.{}", place.prefix, call.position),
             secrets: &world.secrets,
         };
-        world.ports.webhooks.call(request).await.map_err(|error| {
+        let answer = world.ports.webhooks.call(request).await;
+        answer.map(|output| (output, Vec::new())).map_err(|error| {
             let run = run_id(world.lease.run_id);
             tracing::debug!(%run, turn, index = call.position, %error, "a webhook call failed");
             match error {
@@ -177,7 +180,7 @@ impl Invocation {
         let Some(arguments) = object(&call.arguments) else { return Err(texts::TOOL_FAILED.to_owned()) };
         let timeout = Duration::from_millis(MCP_TIMEOUT_MS.into());
         let output = world.mcp.call(server, &call.name, arguments, timeout).await;
-        output.map(|output| output.text).map_err(|error| {
+        output.map(|output| (output.text, output.parts)).map_err(|error| {
             let run = run_id(world.lease.run_id);
             tracing::debug!(%run, turn, index = call.position, %error, "a call of an MCP server's tool failed");
             match error.fault {
@@ -195,7 +198,7 @@ impl Invocation {
         let place = self.place.of_call(self.turn, &self.call);
         let end = checks::nested(&self.world, place, tool.agent_id, Some(tool.max_turns), input).await?;
         Ok(match end {
-            Some(End::Output(text)) => Some(Ok(text)),
+            Some(End::Output(text)) => Some(Ok((text, Vec::new()))),
             Some(End::Waits) => None,
             Some(End::Failed(_)) | None => Some(Err(texts::TOOL_FAILED.to_owned())),
         })
@@ -203,5 +206,5 @@ impl Invocation {
 }
 
 fn failed(call_id: String) -> Answer {
-    Answer::Output { call_id, output: texts::TOOL_FAILED.to_owned(), is_error: true, trip: None }
+    Answer::Output { call_id, output: texts::TOOL_FAILED.to_owned(), parts: Vec::new(), is_error: true, trip: None }
 }

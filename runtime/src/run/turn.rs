@@ -102,7 +102,8 @@ impl Turn {
         }
         self.response.retain(|step| !matches!(step.body, Body::Message { .. }));
         for Output { step, .. } in self.outputs.values_mut() {
-            if let Body::ToolOutput { output, .. } = &mut step.body {
+            if let Body::ToolOutput { output, parts, .. } = &mut step.body {
+                parts.clear();
                 *output = texts::WITHHELD.to_owned();
             }
         }

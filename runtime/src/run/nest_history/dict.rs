@@ -65,9 +65,9 @@ const NESTED: [&str; 8] = ["content", "summary", "annotations", "action", "sourc
 pub fn of(item: &InputItem) -> Map<String, Value> {
     let value = match item {
         InputItem::Assistant { raw: Some(raw), .. }
-        | InputItem::Reasoning { raw: Some(raw), .. }
         | InputItem::ToolCall { raw: Some(raw), .. }
         | InputItem::HostedCall { raw } => return of_raw(raw),
+        InputItem::Reasoning { raw: Some(raw), .. } if raw.get("type").is_some() => return of_raw(raw),
         InputItem::User { text } => json!({ "content": text, "role": "user" }),
         InputItem::Assistant { text, raw: None } => json!({
             "id": FAKE_ID,
@@ -76,7 +76,8 @@ pub fn of(item: &InputItem) -> Map<String, Value> {
             "status": "completed",
             "type": "message",
         }),
-        InputItem::Reasoning { text, raw: None } => {
+        // One of Chat Completions has nothing but where it came from.
+        InputItem::Reasoning { text, .. } => {
             json!({ "id": FAKE_ID, "summary": [{ "text": text, "type": "summary_text" }], "type": "reasoning" })
         }
         InputItem::ToolCall { call_id, name, arguments, raw: None } => json!({
@@ -86,8 +87,11 @@ pub fn of(item: &InputItem) -> Map<String, Value> {
             "type": "function_call",
             "id": FAKE_ID,
         }),
-        InputItem::ToolOutput { call_id, output } => {
+        InputItem::ToolOutput { call_id, output, parts } if parts.is_empty() => {
             json!({ "call_id": call_id, "output": output, "type": "function_call_output" })
+        }
+        InputItem::ToolOutput { call_id, parts, .. } => {
+            json!({ "call_id": call_id, "output": parts, "type": "function_call_output" })
         }
         InputItem::Summary { text } => json!({ "role": "assistant", "content": text }),
     };

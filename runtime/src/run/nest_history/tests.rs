@@ -57,7 +57,7 @@ fn call(id: &str) -> InputItem {
 }
 
 fn output(id: &str) -> InputItem {
-    InputItem::ToolOutput { call_id: id.into(), output: "7".into() }
+    InputItem::ToolOutput { call_id: id.into(), output: "7".into(), parts: vec![] }
 }
 
 fn hosted() -> InputItem {
