@@ -6,7 +6,7 @@ use cloister_runtime::item::{Body, RunStatus, Step};
 use cloister_runtime::protocol::{MAX_ITEM_BYTES, MAX_ITEMS, MAX_WORKER_NAME, RefusalCode, is_worker_name};
 use cloister_runtime::spec::RunSpec;
 use entity::{TenantOwned, run_items, runs};
-use sea_orm::{ColumnTrait, QueryFilter, QueryOrder};
+use sea_orm::{ColumnTrait, QueryFilter, QueryOrder, QuerySelect};
 
 use super::refused::Refused;
 use crate::app::App;
@@ -68,6 +68,7 @@ fn texts(step: &Step) -> impl Iterator<Item = &str> {
 pub async fn steps(app: &App, run: &runs::Model, spec: &RunSpec, steps: &[Step]) -> Result<(), Refused> {
     let answers =
         |step: &Step| matches!(step.body, Body::ToolOutput { .. } | Body::Handoff { .. } | Body::Approval { .. });
+    let asks = steps.iter().any(|step| matches!(step.body, Body::Approval { approved: None, .. }));
     let mut open = if steps.iter().any(answers) { open_calls(app, run).await? } else { HashSet::new() };
     for (at, step) in steps.iter().enumerate() {
         let is_last = at + 1 == steps.len();
@@ -91,6 +92,9 @@ pub async fn steps(app: &App, run: &runs::Model, spec: &RunSpec, steps: &[Step])
                 if to.is_none() || !is_last {
                     return Err(Refused::invalid("The agent has no such handoff."));
                 }
+            }
+            Body::Status { status: RunStatus::WaitingApproval, .. } if !asks && !has_asked(app, run).await? => {
+                return Err(Refused::invalid("The run has no call that waits for approval."));
             }
             Body::Status { .. } if is_last && step.turn.is_none() && step.scope.is_none() => status(&step.body)?,
             Body::Status { .. } => return Err(Refused::invalid("A change of state comes last, outside a turn.")),
@@ -123,6 +127,18 @@ fn answer(run: &runs::Model, step: &Step, open: &mut OpenCalls, call_id: &str) -
         return Err(Refused::invalid("An output answers no open call."));
     }
     Ok(())
+}
+
+/// Whether the run has asked for an approval.
+async fn has_asked(app: &App, run: &runs::Model) -> Result<bool, Refused> {
+    let asked = run_items::Entity::in_tenant(run.tenant_id)
+        .filter(run_items::Column::RunId.eq(run.id))
+        .filter(run_items::Column::RunCreatedAt.eq(run.created_at))
+        .filter(run_items::Column::Kind.eq("approval"))
+        .limit(1)
+        .one(app.db.read())
+        .await?;
+    Ok(asked.is_some())
 }
 
 /// The states into which a worker moves its run.

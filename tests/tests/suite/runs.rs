@@ -45,15 +45,18 @@ async fn a_first_session_leads_from_an_agent_to_its_output(app: TestAppBuilder) 
     assert_eq!(started["input"], "Hi");
     let ended = ended(stage.client(), &text(&started["id"])).await;
     let expected = json!({
-        "id": started["id"], "status": "SUCCEEDED", "input": "Hi", "output": "Hello, world!", "turns": 1,
-        "error": null, "agent": {"id": agent, "name": "Greeter"}, "agentVersion": {"version": 1},
+        "id": started["id"], "status": "SUCCEEDED", "input": "Hi", "output": "Hello, world!", "outputJson": null,
+        "turns": 1, "error": null, "pendingApprovals": [], "agent": {"id": agent, "name": "Greeter"}, "agentVersion": {"version": 1},
         "currentAgent": {"name": "Greeter"}, "conversation": null, "usage": {"requests": 1, "totalTokens": 16},
         "startedAt": ended.run["startedAt"], "finishedAt": ended.run["finishedAt"],
     });
     assert_eq!(ended.run, expected);
     assert!(text(&ended.run["startedAt"]) <= text(&ended.run["finishedAt"]));
     let item = |kind: &str, sequence: i64, turn: Value, fields: Value| {
-        with(json!({"__typename": kind, "sequence": sequence, "agentName": "Greeter", "turn": turn}), fields)
+        with(
+            json!({"__typename": kind, "sequence": sequence, "agentName": "Greeter", "turn": turn, "scope": null}),
+            fields,
+        )
     };
     let user = json!({"part": null, "role": "USER", "text": "Hi"});
     let assistant = json!({"part": 1, "role": "ASSISTANT", "text": "Hello, world!"});
@@ -159,6 +162,8 @@ async fn settings_go_over_the_wire_as_they_are(app: TestAppBuilder) {
     let stage = Stage::set(app).await;
     stage.model.script([Reply::text("Done")]);
     let parameters = json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]});
+    let mut strict = parameters.clone();
+    strict["additionalProperties"] = json!(false);
     let settings = json!({
         "temperature": 0.25, "topP": 0.5, "maxOutputTokens": 77, "toolChoice": "auto", "parallelToolCalls": false,
         "reasoningEffort": "LOW",
@@ -172,7 +177,7 @@ async fn settings_go_over_the_wire_as_they_are(app: TestAppBuilder) {
             "model": "scripted-1",
             "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go"}],
             "tools": [{"type": "function", "function": {
-                "name": "weather", "description": "Does weather.", "parameters": parameters, "strict": false,
+                "name": "weather", "description": "Does weather.", "parameters": strict, "strict": true,
             }}],
             "temperature": 0.25,
             "top_p": 0.5,

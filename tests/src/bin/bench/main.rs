@@ -8,6 +8,7 @@
 mod cpu;
 mod first_token;
 mod load;
+mod loops;
 mod model;
 mod operators;
 mod peers;
@@ -48,6 +49,8 @@ enum Command {
     Runs,
     /// Whole runs a second, SQLite against PostgreSQL.
     Writers,
+    /// Tool loops of twenty turns a second, against the Agents SDK's own.
+    Loop,
     /// What is added to the time until the first token.
     FirstToken,
     /// Claim and finish a second, against graphile-worker.
@@ -87,6 +90,7 @@ async fn main() -> std::io::Result<()> {
         Command::All => {
             runs::measure(&results).await;
             runs::writers(&results).await;
+            loops::measure(&results).await;
             first_token::measure(&results).await;
             queue::measure(&results).await;
             start::pickup(&results).await;
@@ -98,6 +102,7 @@ async fn main() -> std::io::Result<()> {
         }
         Command::Runs => runs::measure(&results).await,
         Command::Writers => runs::writers(&results).await,
+        Command::Loop => loops::measure(&results).await,
         Command::FirstToken => first_token::measure(&results).await,
         Command::Queue => queue::measure(&results).await,
         Command::Pickup => start::pickup(&results).await,

@@ -1,7 +1,8 @@
 //! The instant model server: the least that speaks Chat Completions, in a process of its own, so that what is
 //! measured is the stack before it.
 //!
-//! A user's message may set the pace: `wait=MS` until the first token, `deltas=N`, `gap=MS` between them. Each
+//! A user's message may set the pace: `wait=MS` until the first token, `deltas=N`, `gap=MS` between them; and with
+//! `turns=N` all answers but the Nth call the tool `look`, which is served here too. Each
 //! answer's text says when it was made: `ARRIVED SENT`, then ` SENT` with each further delta, in [`now`]'s
 //! nanoseconds.
 
@@ -65,6 +66,11 @@ impl Model {
     pub fn url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
+
+    /// Where the tool is.
+    pub fn tool_url(&self) -> String {
+        format!("http://{}/tool", self.address)
+    }
 }
 
 impl Drop for Model {
@@ -82,6 +88,7 @@ pub async fn serve() -> std::io::Result<()> {
     let served = Arc::new(AtomicU64::new(0));
     let router = Router::new()
         .route("/v1/chat/completions", post(chat))
+        .route("/tool", post(async || "ok"))
         .route("/served", get(async |State(served): State<Arc<AtomicU64>>| served.load(Ordering::Relaxed).to_string()))
         .with_state(served);
     axum::serve(listener.tap_io(|stream| drop(stream.set_nodelay(true))), router).await
@@ -97,12 +104,46 @@ async fn chat(State(served): State<Arc<AtomicU64>>, body: Bytes) -> Response {
     if !pace.wait.is_zero() {
         tokio::time::sleep(pace.wait).await;
     }
+    if calls_tool(&body) {
+        let id = served.load(Ordering::Relaxed);
+        return match is_stream {
+            true => ([(CONTENT_TYPE, "text/event-stream")], streamed_call(id)).into_response(),
+            false => ([(CONTENT_TYPE, "application/json")], whole_call(id)).into_response(),
+        };
+    }
     if !is_stream {
         return ([(CONTENT_TYPE, "application/json")], completion(arrived)).into_response();
     }
     let first = chunk(r#"{"role":"assistant","content":""}"#, "null") + &delta(&format!("{arrived} {}", now()));
     let body = if pace.deltas <= 1 { Body::from(first + &ending()) } else { paced(first, pace) };
     ([(CONTENT_TYPE, "text/event-stream")], body).into_response()
+}
+
+/// Whether the run has turns left before its last one.
+fn calls_tool(body: &str) -> bool {
+    let Some(turns) = Pace::value(body, "turns=") else { return false };
+    let answered = body.matches(r#""role":"tool""#).count() + body.matches(r#""role": "tool""#).count();
+    (answered as u64) + 1 < turns
+}
+
+fn call(id: u64) -> String {
+    format!(r#"{{"id":"call_{id}","type":"function","function":{{"name":"look","arguments":"{{}}"}}}}"#)
+}
+
+fn whole_call(id: u64) -> String {
+    let (call, usage) = (call(id), usage());
+    format!(
+        "{{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion\",\"created\":1700000000,\"model\":\"scripted-1\",\
+         \"choices\":[{{\"index\":0,\"message\":{{\"role\":\"assistant\",\"content\":null,\"refusal\":null,\
+         \"tool_calls\":[{call}]}},\"logprobs\":null,\"finish_reason\":\"tool_calls\"}}],\"usage\":{usage}}}"
+    )
+}
+
+fn streamed_call(id: u64) -> String {
+    let call = call(id).replacen('{', r#"{"index":0,"#, 1);
+    let first = chunk(&format!(r#"{{"role":"assistant","content":null,"tool_calls":[{call}]}}"#), "null");
+    let usage = format!("data: {{{CHUNK},\"choices\":[],\"usage\":{}}}\n\ndata: [DONE]\n\n", usage());
+    first + &chunk("{}", r#""tool_calls""#) + &usage
 }
 
 /// The answer in pieces, each sent when it is made.
@@ -137,12 +178,15 @@ struct Pace {
 impl Pace {
     /// What the last message in `body` asks for; everything at once unless it says otherwise.
     fn of(body: &str) -> Pace {
-        let value = |name: &str| {
-            let digits = &body[body.rfind(name)? + name.len()..];
-            digits[..digits.find(|c: char| !c.is_ascii_digit())?].parse::<u64>().ok()
-        };
+        let value = |name: &str| Pace::value(body, name);
         let milliseconds = |name| Duration::from_millis(value(name).unwrap_or(0));
         Pace { wait: milliseconds("wait="), deltas: value("deltas=").unwrap_or(1), gap: milliseconds("gap=") }
+    }
+
+    /// What the last `name` in a body is followed by.
+    fn value(body: &str, name: &str) -> Option<u64> {
+        let digits = &body[body.rfind(name)? + name.len()..];
+        digits[..digits.find(|c: char| !c.is_ascii_digit())?].parse().ok()
     }
 }
 

@@ -124,7 +124,13 @@ pub fn start_request(key: &str, agent: &str, message: &str) -> Vec<u8> {
 
 /// Makes and publishes an agent.
 pub async fn agent(client: &Client) -> String {
-    let input = json!({"name": "Agent", "model": "scripted", "instructions": "Be brief.", "publish": true});
+    agent_with(client, json!({})).await
+}
+
+/// Makes and publishes an agent with more to it.
+pub async fn agent_with(client: &Client, fields: Value) -> String {
+    let mut input = json!({"name": "Agent", "model": "scripted", "instructions": "Be brief.", "publish": true});
+    input.as_object_mut().expect("an object").extend(fields.as_object().expect("fields").clone());
     let mutation = "mutation ($input: CreateAgentInput!) {
         createAgent(input: $input) { agent { id } errors { code message } }
     }";
