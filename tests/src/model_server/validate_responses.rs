@@ -163,7 +163,11 @@ fn check_item(item: &Value) -> Result<(), Refusal> {
             ("msg", has_role && (item["content"].is_string() || item["content"].is_array()))
         }
         Some("function_call") => ("fc", has_texts(&["call_id", "name", "arguments"])),
-        Some("function_call_output") => ("fc", has_texts(&["call_id", "output"])),
+        Some("function_call_output") => {
+            let is_part = |part: &Value| part["text"].is_string() || part["image_url"].is_string();
+            let has_parts = item["output"].as_array().is_some_and(|parts| parts.iter().all(is_part));
+            ("fc", has_texts(&["call_id"]) && (item["output"].is_string() || has_parts))
+        }
         Some("reasoning") => ("rs", has_texts(&["id"]) && item["summary"].is_array()),
         Some(kind) if HOSTED_CALLS.contains(&kind) => ("", has_texts(&["id"])),
         _ => return Err(invalid("input", "An item's type is unknown.")),
