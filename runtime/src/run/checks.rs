@@ -12,7 +12,7 @@ use super::guardrails::{Verdict, judge, read_verdict};
 use super::state::State;
 use super::world::{Halt, World};
 use crate::item::{Body, InputItem, RunError, RunErrorCode};
-use crate::spec::{AgentSpec, Guardrail, GuardrailStage};
+use crate::spec::{AgentSpec, Guardrail, GuardrailRule, GuardrailStage};
 
 /// A guardrail that tripped.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,8 +55,13 @@ pub fn together(
         .guardrails
         .iter()
         .filter(|guardrail| guardrail.stage == stage && parallel.is_none_or(|parallel| guardrail.parallel == parallel));
-    let mut running: FuturesUnordered<_> =
-        chosen.map(|guardrail| check(world.clone(), place.clone(), guardrail.clone(), text.to_owned())).collect();
+    let (asking, judging): (Vec<&Guardrail>, Vec<&Guardrail>) =
+        chosen.partition(|guardrail| matches!(guardrail.rule, GuardrailRule::Agent { .. }));
+    let check = |guardrail: &Guardrail| check(world.clone(), place.clone(), guardrail.clone(), text.to_owned());
+    let mut running: FuturesUnordered<BoxFuture<'static, Checked>> = asking.into_iter().map(check).collect();
+    // Which of two rules trips is not to be chance: they are judged in order.
+    let judging: Vec<_> = judging.into_iter().map(check).collect();
+    running.push(first_trip(judging).boxed());
     async move {
         while let Some(checked) = running.next().await {
             if let Some(tripped) = checked? {
@@ -66,6 +71,15 @@ pub fn together(
         Ok(None)
     }
     .boxed()
+}
+
+async fn first_trip(checks: Vec<BoxFuture<'static, Checked>>) -> Checked {
+    for check in checks {
+        if let Some(tripped) = check.await? {
+            return Ok(Some(tripped));
+        }
+    }
+    Ok(None)
 }
 
 /// Runs one guardrail.
