@@ -555,14 +555,12 @@ impl Config {
                 ));
             }
         }
-        if self.runs.concurrency == 0 || self.runs.lease_seconds < 3 {
-            return refuse("runs.concurrency must be at least 1, runs.lease_seconds at least 3".to_owned());
+        if self.runs.concurrency == 0 || self.runs.lease_seconds < 3 || self.runs.approval_timeout_seconds == 0 {
+            let fields = "runs.concurrency and runs.approval_timeout_seconds";
+            return refuse(format!("{fields} must be at least 1, runs.lease_seconds at least 3"));
         }
         if self.runs.timeout_seconds == 0 || self.runs.timeout_seconds > self.runs.max_timeout_seconds {
             return refuse("runs.timeout_seconds must lie between 1 and runs.max_timeout_seconds".to_owned());
-        }
-        if self.runs.approval_timeout_seconds == 0 {
-            return refuse("runs.approval_timeout_seconds must be at least 1".to_owned());
         }
         Ok(())
     }

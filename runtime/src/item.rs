@@ -199,19 +199,20 @@ fn is_false(value: &bool) -> bool {
 }
 
 /// A text that came from outside, as a journal can hold it: PostgreSQL has no NUL.
-fn storable(text: String) -> String {
+pub fn storable(text: String) -> String {
     if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
 }
 
-fn storable_json(mut value: Value) -> Value {
-    if let Value::Object(fields) = &mut value {
-        for field in fields.values_mut() {
-            if let Value::String(text) = field {
-                *text = storable(std::mem::take(text));
-            }
+/// As [`storable`], for all texts in a value.
+pub fn storable_json(value: Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(storable(text)),
+        Value::Array(values) => values.into_iter().map(storable_json).collect(),
+        Value::Object(fields) => {
+            fields.into_iter().map(|(name, value)| (storable(name), storable_json(value))).collect()
         }
+        Value::Null | Value::Bool(_) | Value::Number(_) => value,
     }
-    value
 }
 
 /// Where a run stands.

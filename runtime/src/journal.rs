@@ -9,7 +9,8 @@ use crate::spec::Lease;
 /// A run's journal. In the api process it is the database; in a worker apart it is the api over HTTP.
 #[async_trait]
 pub trait Journal: Send + Sync {
-    /// Stores `steps` as the items from `from_sequence` on, all or none, and renews the lease.
+    /// Stores `steps` as the next items, not before `from_sequence`, all or none, and renews the lease. The same again is
+    /// stored once.
     /// A [`crate::item::Body::Status`] moves the run's state in the same transaction.
     async fn append(&self, lease: Lease, from_sequence: i64, steps: Vec<Step>) -> Result<(), JournalError>;
 

@@ -108,6 +108,9 @@ impl TurnRecorder {
     }
 }
 
+/// The longest id of a provider's that is kept.
+const MAX_CALL_ID_BYTES: usize = 128;
+
 /// Gives each call of a response the id it has in the journal: the provider's, or ours where
 /// that is empty or was used before in the run (compatible servers repeat them).
 #[derive(Clone, Debug)]
@@ -124,7 +127,10 @@ impl CallIds {
             return id.clone();
         }
         let mut id = provider_id.to_owned();
-        if id.is_empty() || self.used.contains(&id) {
+        // Scopes are made of ids, with a `/` between.
+        let is_of_scopes = id.contains('/') || id.starts_with("guardrail:");
+        let is_unfit = is_of_scopes || id.len() > MAX_CALL_ID_BYTES || id.chars().any(char::is_control);
+        if id.is_empty() || is_unfit || self.used.contains(&id) {
             id = format!("call_{}_{index}", self.turn);
             while self.used.contains(&id) {
                 id.push('x');

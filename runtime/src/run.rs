@@ -18,11 +18,13 @@ mod tools;
 mod turn;
 mod world;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use self::flow::{End, Flow, Place};
 use self::state::{Agents, State};
@@ -90,7 +92,7 @@ pub async fn run(claim: Claim, ports: &Ports, stop: &Stop) -> Outcome {
 /// What a later run of the conversation is shown of a run that has ended: its input and its turns, each for itself.
 pub fn transcript(spec: &RunSpec, items: Vec<Item>) -> Vec<Vec<InputItem>> {
     let own = items.into_iter().map(|item| item.step).filter(|step| step.scope.is_none());
-    rebuilt(spec, own).map(State::transcript).unwrap_or_default()
+    rebuilt(spec, spec.root, own).map(State::transcript).unwrap_or_default()
 }
 
 /// Calls of a run that wait for a decision, nested runs' included: each with its scope and its id, in their order.
@@ -101,18 +103,44 @@ pub fn pending_approvals(spec: &RunSpec, items: &[Item]) -> Vec<(Option<String>,
             scopes.push(item.step.scope.as_deref());
         }
     }
-    let pending = scopes.into_iter().flat_map(|scope| {
-        let steps = items.iter().map(|item| &item.step).filter(|step| step.scope.as_deref() == scope).cloned();
-        let state = rebuilt(spec, steps);
+    let answered: HashSet<(Option<&str>, &str)> = items.iter().filter_map(answered).collect();
+    let pending = scopes.into_iter().filter(|scope| is_alive(*scope, &answered)).flat_map(|scope| {
+        let own = || items.iter().map(|item| &item.step).filter(|step| step.scope.as_deref() == scope);
+        // A nested run begins with the agent whose items come first.
+        let first = own().next().map(|step| step.agent_name.as_str()).filter(|_| scope.is_some());
+        let named = first.and_then(|name| spec.agents.values().find(|agent| agent.name == name));
+        let state = rebuilt(spec, named.map_or(spec.root, |agent| agent.id), own().cloned());
         let pending: Vec<String> = state.iter().flat_map(State::pending).map(str::to_owned).collect();
         pending.into_iter().map(move |call_id| (scope.map(str::to_owned), call_id))
     });
     pending.collect()
 }
 
-/// Where a scope stands, from its items. For what this is asked it does not matter whose turns they are.
-fn rebuilt(spec: &RunSpec, steps: impl Iterator<Item = Step>) -> Option<State> {
-    let mut state = State::new(agents(spec), spec.root, None, None, Vec::new())?;
+/// The call that an item answers, with its scope.
+fn answered(item: &Item) -> Option<(Option<&str>, &str)> {
+    match &item.step.body {
+        Body::ToolOutput { call_id, .. } | Body::Handoff { call_id, .. } => {
+            Some((item.step.scope.as_deref(), call_id.as_str()))
+        }
+        _ => None,
+    }
+}
+
+/// Whether a nested run may go on: every call on the way to it is open. One that a guardrail asks waits for nobody.
+fn is_alive(scope: Option<&str>, answered: &HashSet<(Option<&str>, &str)>) -> bool {
+    let Some(path) = scope else { return true };
+    let mut ends = path.match_indices('/').map(|(at, _)| at).chain([path.len()]);
+    ends.try_fold(None, |around: Option<&str>, end| {
+        let call = &path[around.map_or(0, |around| around.len() + 1)..end];
+        let is_open = !call.starts_with("guardrail:") && !answered.contains(&(around, call));
+        is_open.then(|| Some(&path[..end]))
+    })
+    .is_some()
+}
+
+/// Where a scope stands that began with an agent, from its items.
+fn rebuilt(spec: &RunSpec, first: Uuid, steps: impl Iterator<Item = Step>) -> Option<State> {
+    let mut state = State::new(agents(spec), first, None, None, Vec::new())?;
     steps.for_each(|step| state.fold(step));
     Some(state)
 }

@@ -54,7 +54,9 @@ fn complete(request: &ModelRequest) -> Completion {
     let turn = Turn::of(request);
     let calls = turn.calls();
     let parts = if calls.is_empty() {
-        vec![Part::Message { index: MESSAGE_INDEX, text: turn.reply(), raw: None }]
+        let text =
+            request.output.as_ref().map_or_else(|| turn.reply(), |output| example(&output.schema, 0).to_string());
+        vec![Part::Message { index: MESSAGE_INDEX, text, raw: None }]
     } else {
         calls
     };
@@ -217,7 +219,8 @@ fn example(schema: &Value, depth: usize) -> Value {
     match kind {
         Some("string") => json!("demo"),
         Some("integer" | "number") => schema.get("minimum").cloned().unwrap_or(json!(1)),
-        Some("boolean") => json!(true),
+        // An agent that a guardrail asks lets everything pass.
+        Some("boolean") => json!(false),
         Some("array") => json!([]),
         Some("null") => Value::Null,
         // The arguments as a whole are an object even where the schema doesn't say so.

@@ -3,12 +3,13 @@
 use std::collections::HashSet;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use cloister_runtime::ids::run_id;
 use cloister_runtime::item::{Body, Item, RunErrorCode, RunStatus, Step};
 use cloister_runtime::run::pending_approvals;
 use cloister_runtime::spec::RunSpec;
 use entity::runs::Status;
 use entity::{TenantOwned, runs};
-use sea_orm::{ColumnTrait, DatabaseTransaction, QueryFilter, QueryOrder, QuerySelect};
+use sea_orm::{ColumnTrait, QueryFilter, QueryOrder, QuerySelect};
 use uuid::Uuid;
 
 use super::journal::{self, items_in};
@@ -69,7 +70,7 @@ pub async fn decide(app: &App, tenant_id: Uuid, id: Uuid, decision: Decision) ->
 fn check(decision: &Decision) -> Outcome<()> {
     let mut checks = Checks::default();
     if let Some(message) = &decision.message {
-        checks.text("message", message, 1, MAX_MESSAGE);
+        checks.text("message", message, 0, MAX_MESSAGE);
         if decision.approve {
             checks.push(UserError::invalid("message", "A message is told to the model in place of the output of a call that was rejected. Leave it out, or reject."));
         }
@@ -127,28 +128,6 @@ pub fn expiry(app: &App, now: DateTime<Utc>) -> DateTime<Utc> {
     now + TimeDelta::seconds(i64::from(app.config.runs.approval_timeout_seconds))
 }
 
-/// Whether a run that comes to wait has a decision that its worker has not seen: a call that was decided and has no
-/// output. `added` are items that are not stored yet.
-pub async fn is_owed_a_turn(tx: &DatabaseTransaction, run: &runs::Model, added: &[Item]) -> Result<bool, Error> {
-    let mut items = items_in(tx, run).await?;
-    items.extend_from_slice(added);
-    let mut decided = HashSet::new();
-    for item in &items {
-        match &item.step.body {
-            Body::Approval { call_id, approved: Some(_), .. } => drop(decided.insert((&item.step.scope, call_id))),
-            Body::ToolOutput { call_id, .. } => drop(decided.remove(&(&item.step.scope, call_id))),
-            _ => {}
-        }
-    }
-    // An agent tool that was approved has no output while its own run waits.
-    let waits = |(scope, call_id): &(&Option<String>, &String)| {
-        let nested = scope.as_ref().map_or_else(|| (*call_id).clone(), |scope| format!("{scope}/{call_id}"));
-        items.iter().any(|item| item.step.scope.as_ref().is_some_and(|scope| *scope == nested))
-    };
-    decided.retain(|call| !waits(call));
-    Ok(!decided.is_empty())
-}
-
 /// Fails runs that nobody has decided about for too long.
 pub async fn expire(app: &App) -> Result<(), Error> {
     let expired: Vec<(Uuid, Uuid)> = runs::Entity::across_tenants()
@@ -165,7 +144,10 @@ pub async fn expire(app: &App) -> Result<(), Error> {
         match expire_one(app, tenant_id, id).await {
             // Somebody decided in the meantime, or it is gone.
             Ok(()) | Err(Refusal::User(_)) => {}
-            Err(Refusal::Error(error)) => return Err(error),
+            // It keeps no other one waiting.
+            Err(Refusal::Error(error)) => {
+                tracing::error!(run_id = %run_id(id), inside = ?error, "a run did not expire")
+            }
         }
     }
     Ok(())

@@ -88,15 +88,7 @@ pub async fn append_all(
         let stored = entry.stored_since(tx, append.from_sequence).await?;
         verdicts.push(entry.take(app, append, &stored, now, until));
     }
-    let mut written: Vec<Entry> = entries.into_values().filter(|entry| !entry.items.is_empty()).collect();
-    for entry in &mut written {
-        let waits = entry.run.status == Status::WaitingApproval;
-        if waits && approvals::is_owed_a_turn(tx, &entry.run, &entry.items).await? {
-            let agent_name = entry.items.last().map(|item| item.step.agent_name.clone()).unwrap_or_default();
-            let queued = Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Queued) };
-            entry.add(app, vec![queued], now, None);
-        }
-    }
+    let written = entries.into_values().filter(|entry| !entry.items.is_empty()).collect();
     Ok((verdicts, store(app, tx, written, now).await?))
 }
 
@@ -173,6 +165,13 @@ impl Entry {
         if self.run.status != Status::Running {
             return Verdict::Refused;
         }
+        let mut steps = steps;
+        // A worker that comes to wait has seen all of its own; what it has not seen are decisions.
+        if from_sequence < self.run.next_sequence
+            && let Some(waits) = steps.last().filter(|step| is_of(step, RunStatus::WaitingApproval)).cloned()
+        {
+            steps.push(Step { body: Body::status(RunStatus::Queued), ..waits });
+        }
         self.add(app, steps, now, Some(lease_until));
         Verdict::Stored
     }
@@ -180,6 +179,7 @@ impl Entry {
     /// Adds steps, and does what they mean for the run's row.
     fn add(&mut self, app: &App, steps: Vec<Step>, now: DateTime<Utc>, lease_until: Option<DateTime<Utc>>) {
         let held_ms = queue::held_ms(&self.run, now);
+        let status = self.run.status;
         for step in steps {
             apply(&mut self.run, &step, now);
             self.items.push(Item { sequence: self.run.next_sequence, created_at: now, step });
@@ -191,10 +191,15 @@ impl Entry {
         if !goes_on {
             self.run.held_ms = held_ms;
         }
-        self.run.waits_until =
-            (self.run.status == Status::WaitingApproval).then(|| approvals::expiry(app, now)).filter(|_| !goes_on);
-        self.run.paused_at = (self.run.status == Status::PausedQuota).then_some(now);
+        if self.run.status != status {
+            self.run.waits_until = (self.run.status == Status::WaitingApproval).then(|| approvals::expiry(app, now));
+            self.run.paused_at = (self.run.status == Status::PausedQuota).then_some(now);
+        }
     }
+}
+
+fn is_of(step: &Step, of: RunStatus) -> bool {
+    matches!(&step.body, Body::Status { status, .. } if *status == of)
 }
 
 /// Stores items of a run whose row the caller's transaction holds, and does what they mean for the

@@ -2,6 +2,7 @@
 //! raised.
 
 use chrono::{DateTime, Datelike, TimeZone, Utc};
+use cloister_runtime::ids::run_id;
 use entity::runs::Status;
 use entity::{TenantOwned, runs};
 use sea_orm::ActiveValue::Set;
@@ -55,7 +56,10 @@ pub async fn resume_due(app: &App) -> Result<(), Error> {
         match super::resume(app, tenant_id, id).await {
             Ok(_) => {}
             Err(Refusal::User(_)) => stay(app, tenant_id, id).await?,
-            Err(Refusal::Error(error)) => return Err(error),
+            // It keeps no other one waiting.
+            Err(Refusal::Error(error)) => {
+                tracing::error!(run_id = %run_id(id), inside = ?error, "a paused run did not go on");
+            }
         }
     }
     Ok(())

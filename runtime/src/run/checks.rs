@@ -11,7 +11,7 @@ use super::flow::{End, Flow, Place};
 use super::guardrails::{Verdict, judge, read_verdict};
 use super::state::State;
 use super::world::{Halt, World};
-use crate::item::{Body, InputItem, RunError, RunErrorCode};
+use crate::item::{Body, InputItem, RunError, RunErrorCode, arguments_hash, storable};
 use crate::spec::{AgentSpec, Guardrail, GuardrailRule, GuardrailStage};
 
 /// A guardrail that tripped.
@@ -34,7 +34,7 @@ impl Tripped {
 
     /// As an item; with the call that it was about.
     pub fn into_body(self, call_id: Option<String>) -> Body {
-        Body::Guardrail { name: self.name, stage: self.stage, reason: self.reason, call_id }
+        Body::Guardrail { name: self.name, stage: self.stage, reason: storable(self.reason), call_id }
     }
 }
 
@@ -89,7 +89,9 @@ pub fn check(world: Arc<World>, place: Place, guardrail: Guardrail, text: String
             Verdict::Passes => None,
             Verdict::Trips { reason } => Some(reason),
             Verdict::Asks { agent_id } => {
-                let place = place.of_guardrail(stage_name(guardrail.stage), &guardrail.name);
+                // What was decided about one text says nothing of another.
+                let of_text = &arguments_hash(&text)[..16];
+                let place = place.of_guardrail(stage_name(guardrail.stage), &guardrail.name, of_text);
                 ask(world, place, agent_id, text).await?
             }
         };
@@ -114,7 +116,7 @@ async fn ask(world: Arc<World>, place: Place, agent_id: Uuid, text: String) -> R
         },
         Some(End::Failed(error)) => Ok(Some(format!("Its agent came to no verdict: {}", error.message))),
         Some(End::Waits) => Ok(Some("Its agent waits for an approval, which no guardrail may.".to_owned())),
-        None => Ok(Some("It lies too deep in nested runs.".to_owned())),
+        None => Ok(Some("It lies too deep in nested runs, or there are too many.".to_owned())),
     }
 }
 
@@ -129,7 +131,8 @@ pub async fn nested(
     max_turns: Option<u32>,
     input: String,
 ) -> Result<Option<End>, Halt> {
-    if place.is_too_deep() {
+    let scope = place.scope.clone().unwrap_or_default();
+    if place.is_too_deep() || !world.may_nest(&scope) {
         return Ok(None);
     }
     let before = vec![InputItem::User { text: input }];
@@ -138,7 +141,7 @@ pub async fn nested(
         let message = "An agent of the run is not part of it.".to_owned();
         return Err(Halt::Fails(RunError { code: RunErrorCode::Internal, message }));
     };
-    for step in world.stored(place.scope.as_deref().unwrap_or_default()) {
+    for step in world.stored(&scope) {
         state.fold(step);
     }
     let mut flow = Flow::new(world.clone(), place, state);

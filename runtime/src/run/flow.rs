@@ -20,7 +20,7 @@ use super::state::{Candidate, Next, State};
 use super::tools::{self, Answer};
 use super::turn::Call;
 use super::world::{Halt, World};
-use crate::item::{Body, InputItem, RunError, RunErrorCode, RunStatus, Step};
+use crate::item::{Body, InputItem, RunError, RunErrorCode, RunStatus, Step, arguments_hash, storable_json};
 use crate::journal::Progress;
 use crate::model::{ModelCall, ModelError, ModelEvent, ModelResponse};
 use crate::recorder::TurnRecorder;
@@ -48,9 +48,11 @@ impl Place {
     }
 
     /// The place of an agent that a guardrail asks.
-    pub fn of_guardrail(&self, stage: &str, name: &str) -> Self {
-        let way = format!("guardrail:{stage}:{name}");
-        Self { prefix: format!("{}{way}/", self.prefix), scope: Some(self.scoped(&way)), depth: self.depth + 1 }
+    pub fn of_guardrail(&self, stage: &str, name: &str, of_text: &str) -> Self {
+        let way = format!("guardrail:{stage}:{}:{of_text}", name.replace('/', "_"));
+        // It goes into headers: no name does.
+        let place = format!("{}{}/", self.prefix, &arguments_hash(&way)[..16]);
+        Self { prefix: place, scope: Some(self.scoped(&way)), depth: self.depth + 1 }
     }
 
     /// Whether nothing may be nested here any more.
@@ -147,6 +149,7 @@ impl Flow {
         let mut halt = None;
         while let Some(batch) = world.in_time(answers.next()).await? {
             let mut bodies = Vec::new();
+            let mut has_tripped = false;
             for answer in batch {
                 match answer {
                     Answer::Output { call_id, output, parts, is_error, trip } => {
@@ -156,14 +159,17 @@ impl Flow {
                     Answer::Waits { call_id } => drop(self.waiting.insert(call_id)),
                     // The others' calls are finished first: their outputs are paid for.
                     Answer::Halts(reason) => halt = halt.or(Some(reason)),
+                    Answer::Trips { .. } if has_tripped => {}
                     Answer::Trips { call_id, trip } => {
-                        let trip = self.state.steps_of_last(vec![trip.into_body(Some(call_id))]);
-                        self.append(trip).await?;
-                        return Ok(None);
+                        has_tripped = true;
+                        bodies.push(trip.into_body(Some(call_id)));
                     }
                 }
             }
             self.append(self.state.steps_of_last(bodies)).await?;
+            if has_tripped {
+                return Ok(None);
+            }
         }
         halt.map_or(Ok(None), Err)
     }
@@ -178,6 +184,8 @@ impl Flow {
         if taken_over && self.is_root() {
             self.world.progress(Progress::Restarted { turn }).await;
         }
+        let world = self.world.clone();
+        let _place = world.in_time(world.place_for_call()).await?;
         let call = match self.model_call(turn).await? {
             Ok(call) => call,
             Err(error) => return self.fail(error).await,
@@ -299,7 +307,8 @@ impl Flow {
             return Ok(Some(End::Output(self.told(candidate.text, value))));
         }
         let (error, output) = (None, Some(candidate.text.clone()));
-        let end = Body::Status { status: RunStatus::Succeeded, error, output, output_json: value };
+        let output_json = value.map(storable_json);
+        let end = Body::Status { status: RunStatus::Succeeded, error, output, output_json };
         self.append(vec![self.state.step(end)]).await?;
         Ok(Some(End::Output(candidate.text)))
     }

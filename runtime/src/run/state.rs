@@ -10,7 +10,7 @@ use super::nest_history::{last_n, nest, remove_tools};
 use super::texts;
 use super::toolbox::{Target, Toolbox};
 use super::turn::{Call, Output, Turn};
-use crate::item::{Body, InputItem, Role, RunError, RunErrorCode, Step};
+use crate::item::{Body, InputItem, Role, RunError, RunErrorCode, RunStatus, Step};
 use crate::spec::{AgentSpec, Guardrail, GuardrailStage, HandoffFilter};
 
 /// A run's agents.
@@ -38,6 +38,8 @@ pub struct State {
     /// Calls whose approval was asked for.
     asked: HashSet<String>,
     decisions: HashMap<String, Decision>,
+    /// How often the run has waited for decisions.
+    pauses: usize,
     /// Decisions about all calls of an agent's tool.
     standing: HashMap<(Uuid, String), Decision>,
     /// The limit is the first agent's, whoever works now.
@@ -129,6 +131,7 @@ impl State {
             tool_users: HashSet::new(),
             asked: HashSet::new(),
             decisions: HashMap::new(),
+            pauses: 0,
             standing: HashMap::new(),
             trip: None,
             failure: None,
@@ -186,6 +189,7 @@ impl State {
             // A pause or a resumption changes nothing here: the run goes on where it was.
             Body::Status { status, error, .. } => {
                 self.ended |= status.is_terminal();
+                self.pauses += usize::from(*status == RunStatus::WaitingApproval);
                 if error.as_ref().is_some_and(|error| is_of_response(error.code)) {
                     self.forget_failed_response();
                 }
@@ -216,7 +220,8 @@ impl State {
     }
 
     fn fold_output(&mut self, call_id: String, step: Step) {
-        let pass = self.decisions.len();
+        // A nested run has no pauses of its own; what it waited for shows by the decisions.
+        let pass = if self.scope.is_some() { self.decisions.len() } else { self.pauses };
         if let Some(turn) = self.turns.last_mut() {
             turn.outputs.insert(call_id, Output { pass, step });
         }
@@ -275,8 +280,11 @@ impl State {
             Some(Trip { stage: GuardrailStage::Output, .. }) => {
                 self.withheld = self.turns.pop().map(|mut turn| turn.withheld()).unwrap_or_default();
             }
-            // The call that it was about has no output, and stays out without it.
-            Some(_) => {}
+            Some(_) => {
+                if let Some(turn) = self.turns.last_mut() {
+                    turn.keep_what_tools_did();
+                }
+            }
             // Beside calls none fails.
             None if self.turns.last().is_some_and(|turn| turn.calls.is_empty()) => drop(self.turns.pop()),
             None => {}
@@ -427,7 +435,8 @@ impl State {
 
     /// The calls that wait for a decision, in their order.
     pub fn pending(&self) -> impl Iterator<Item = &str> {
-        let turn = self.turns.last().filter(|_| !self.ended);
+        let has_ended = self.ended || self.trip.is_some() || self.failure.is_some();
+        let turn = self.turns.last().filter(|_| !has_ended);
         turn.into_iter().flat_map(|turn| {
             let undecided = |call: &&Call| {
                 self.asked.contains(&call.id)
@@ -449,7 +458,9 @@ impl State {
     /// The last items of a run that is cut: each open call is answered, so that the history has no orphan.
     pub fn cut(&self, error: RunError) -> Vec<Step> {
         let cut_off = self.turns.last().into_iter().flat_map(|turn| {
-            let outputs = turn.open_calls().map(|call| Body::output(&call.id, texts::cut_off(&call.name), true));
+            let is_over = error.code == RunErrorCode::Timeout;
+            let outputs =
+                turn.open_calls().map(|call| Body::output(&call.id, texts::cut_off(&call.name, is_over), true));
             self.steps_of(turn, outputs.collect())
         });
         cut_off.chain([self.step(Body::failed(error.code, error.message))]).collect()

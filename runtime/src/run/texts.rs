@@ -29,9 +29,10 @@ pub fn not_found(tool: &str) -> String {
     format!("Tool '{tool}' not found.")
 }
 
-/// The run's own time ran out while the tool was at work.
-pub fn cut_off(tool: &str) -> String {
-    format!("Tool '{tool}' was cut off: the run's time is over.")
+/// The run ended while the tool was at work; its time ran out, or something else did.
+pub fn cut_off(tool: &str, is_of_time: bool) -> String {
+    let reason = if is_of_time { "the run's time is over" } else { "the run has ended" };
+    format!("Tool '{tool}' was cut off: {reason}.")
 }
 
 /// The output of a handoff: `{"assistant": "…"}` as Python's `json.dumps` writes it.

@@ -30,7 +30,7 @@ pub struct Turn {
 /// An answer to a call.
 #[derive(Debug)]
 pub struct Output {
-    /// How many decisions about calls had come before.
+    /// How often the run had waited for decisions before.
     pub pass: usize,
     /// The item.
     pub step: Step,
@@ -108,6 +108,24 @@ impl Turn {
             }
         }
         self.transcript()
+    }
+
+    /// Drops from the response of a run that a tool's guardrail ended all but the calls that have an output, with the
+    /// reasoning before them.
+    pub fn keep_what_tools_did(&mut self) {
+        let mut kept = Vec::new();
+        let mut reasoning = Vec::new();
+        for step in std::mem::take(&mut self.response) {
+            match &step.body {
+                Body::Reasoning { .. } => reasoning.push(step),
+                Body::ToolCall { call_id, is_hosted, .. } if *is_hosted || self.outputs.contains_key(call_id) => {
+                    kept.append(&mut reasoning);
+                    kept.push(step);
+                }
+                _ => reasoning.clear(),
+            }
+        }
+        self.response = kept;
     }
 
     /// Calls without an output.

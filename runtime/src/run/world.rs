@@ -1,10 +1,11 @@
 //! What the flows of one run share: its agents, its journal, what it reaches of the world, and how long it may take.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -20,6 +21,10 @@ use crate::spec::{AgentSpec, Lease, Tool};
 /// How long an append is tried again while the journal can't be reached: less than a lease lasts (30 s), after which
 /// the run is another worker's.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(20);
+/// Nested runs of a run, in all: agents that are each other's tools could go on for ever.
+const NESTED_RUNS: usize = 500;
+/// Model calls of a run at once.
+const MODEL_CALLS: usize = 16;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
@@ -45,6 +50,9 @@ pub struct World {
     /// Items of nested runs that were stored before this claim.
     nested: Mutex<HashMap<String, Vec<Step>>>,
     toolboxes: tokio::sync::Mutex<HashMap<Uuid, Arc<Toolbox>>>,
+    /// Nested runs that have begun, in this claim and before.
+    nested_count: AtomicUsize,
+    calls: Semaphore,
 }
 
 /// Why a flow does not go on.
@@ -88,6 +96,7 @@ impl World {
                 None => own.push(step),
             }
         }
+        let nested_count = AtomicUsize::new(nested.len());
         let world = Self {
             lease,
             agents,
@@ -100,6 +109,8 @@ impl World {
             used_call_ids: Mutex::new(used_call_ids),
             nested: Mutex::new(nested),
             toolboxes: tokio::sync::Mutex::default(),
+            nested_count,
+            calls: Semaphore::new(MODEL_CALLS),
         };
         (world, own)
     }
@@ -118,6 +129,20 @@ impl World {
     pub fn see(&self, step: &Step) {
         self.seen.fetch_add(1, Ordering::SeqCst);
         locked(&self.used_call_ids).extend(called(step));
+    }
+
+    /// Whether one more nested run may begin, or go on that was stored: a run has so many at most, however they nest.
+    pub fn may_nest(&self, scope: &str) -> bool {
+        if locked(&self.nested).contains_key(scope) {
+            return true;
+        }
+        self.nested_count.fetch_add(1, Ordering::SeqCst) < NESTED_RUNS
+    }
+
+    /// Waits until one more model call may be made: the run's flows share so many.
+    pub async fn place_for_call(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        self.calls.acquire().await.ok()
     }
 
     /// The items of a nested run that were stored before this claim.

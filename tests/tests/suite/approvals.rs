@@ -16,6 +16,7 @@ on_both!(
     a_decision_is_bound_to_what_was_seen,
     nobody_decides_for_too_long,
     what_waits_is_cancelled,
+    what_a_nested_run_no_longer_needs_is_not_waited_for,
 );
 
 /// A webhook that needs approval.
@@ -97,6 +98,7 @@ async fn several_calls_are_decided_in_any_order(app: TestAppBuilder) {
     let calls = pending(stage.client(), &id, 3).await;
     decide(stage.client(), &id, &calls[2], true, json!({})).await;
     // While the one that was decided runs, another decision comes.
+    stage.tools.wait_for_requests(1).await;
     decide(stage.client(), &id, &calls[1], false, json!({"message": "Not b."})).await;
     let left = pending(stage.client(), &id, 1).await;
     assert_eq!(left[0]["name"], "a");
@@ -105,7 +107,7 @@ async fn several_calls_are_decided_in_any_order(app: TestAppBuilder) {
     assert_eq!(ended.output(), "Done.");
     let told: Vec<_> = stage.model.requests()[1].messages().iter().filter(|m| m["role"] == "tool").cloned().collect();
     let told: Vec<_> = told.iter().map(|message| text(&message["content"])).collect();
-    assert_eq!(told, ["Not b.", "ran", "Tool execution was not approved."], "in the order of the decisions");
+    assert_eq!(told, ["ran", "Not b.", "Tool execution was not approved."], "in the order of the decisions");
     assert_eq!(stage.tools.requests().len(), 1);
     let again = mutate(stage.client(), "decideToolCall", decision(&id, &calls[0], true)).await;
     assert_eq!(refusals(&again, "decideToolCall"), [("STATE".to_owned(), "runId".to_owned())]);
@@ -234,4 +236,39 @@ async fn what_waits_is_cancelled(app: TestAppBuilder) {
     let roles: Vec<_> = shown.iter().map(|message| text(&message["role"])).collect();
     assert_eq!(roles, ["user", "assistant", "tool", "user"]);
     assert_eq!(shown[2], json!({"role": "tool", "tool_call_id": "call_o", "content": "The run was cancelled."}));
+}
+
+async fn what_a_nested_run_no_longer_needs_is_not_waited_for(app: TestAppBuilder) {
+    let stage = Stage::set(app).await;
+    let mut fields =
+        json!({"name": "Inner", "instructions": "inner", "tools": [asking(&stage, "a"), asking(&stage, "b")]});
+    fields["guardrails"] = json!([{
+        "name": "never", "stage": "TOOL_INPUT", "tool": "a", "onTrip": "FAIL", "rule": {"regex": {"pattern": "."}},
+    }]);
+    let inner = stage.agent(fields).await;
+    let ask = json!({"agent": {"name": "ask", "description": "Asks.", "agentId": inner}});
+    let agent = create_agent(stage.client(), json!({"tools": [ask, asking(&stage, "pay")]})).await;
+    stage.model.always(|request| {
+        let messages = request.messages();
+        let has_answers = messages.iter().any(|message| message["role"] == "tool");
+        match messages[0]["content"].as_str() {
+            Some("inner") => Reply::tool_call("a", json!({})).and_tool_call("b", json!({})),
+            _ if has_answers => Reply::text("Done."),
+            _ => Reply::tool_call("ask", json!({"input": "?"})).and_tool_call("pay", json!({})),
+        }
+    });
+    let id = start(stage.client(), json!({"agentId": agent, "input": "Go"})).await;
+    let calls = pending(stage.client(), &id, 3).await;
+    let of = |name: &str| calls.iter().find(|call| call["name"] == name).unwrap();
+    decide(stage.client(), &id, of("a"), true, json!({})).await;
+    // The nested run has failed: its other call waits no longer, and the run does.
+    let left = pending(stage.client(), &id, 1).await;
+    assert_eq!(left[0]["name"], "pay");
+    let again = mutate(stage.client(), "decideToolCall", decision(&id, of("b"), true)).await;
+    assert_eq!(refusals(&again, "decideToolCall"), [("STATE".to_owned(), "callId".to_owned())]);
+    decide(stage.client(), &id, &left[0], true, json!({})).await;
+    let ended = ended(stage.client(), &id).await;
+    assert_eq!(ended.output(), "Done.");
+    let waits = ended.of_type("StatusItem").iter().filter(|item| item["status"] == "WAITING_APPROVAL").count();
+    assert_eq!(waits, 2, "it goes round once for each decision");
 }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::both::on_both;
 use crate::calls::{done, new_key, uuid_of};
-use crate::ledger::{exact, journal, on_run, run_row, settled, stored_status};
+use crate::ledger::{exact, journal, run_row, settled, stored_status};
 use crate::steps::{Stage, ended, granted, run, start, text, try_cancel, until};
 
 on_both!(
@@ -90,8 +90,7 @@ async fn a_run_paused_for_longer_than_its_timeout_can_be_resumed(app: TestAppBui
     assert_eq!(run(stage.client(), &id).await["status"], "PAUSED_QUOTA");
 
     set_limit(&stage.app, &stage.tenant.id, 100_000).await;
-    let resumed = on_run(stage.client(), "resumeRun", &id).await;
-    assert_eq!(resumed, json!({"run": {"status": "QUEUED"}, "errors": []}));
+    crate::quota::resume(stage.client(), &id).await;
     let ended = ended(stage.client(), &id).await;
     assert_eq!((ended.output().as_str(), &ended.run["turns"]), ("Done", &json!(2)));
     assert_eq!(statuses(&db, &id).await, ["paused_quota", "queued", "succeeded"]);

@@ -26,6 +26,9 @@ async fn an_output_is_a_value_of_its_schema(app: TestAppBuilder) {
         "type": "json_schema", "json_schema": {"name": "final_output", "schema": strict, "strict": true},
     });
     assert_eq!(stage.model.requests()[0].body["response_format"], format);
+    // A NUL by its escape, which PostgreSQL can't store.
+    stage.model.script([Reply::text("{\"city\": \"Ro\\u0000me\"}")]);
+    assert_eq!(stage.run(&agent, "Where?").await.run["outputJson"], json!({"city": "Ro\u{fffd}me"}));
     for bad in ["Rome", r#"{"city": 1}"#, r#"{"town": "Rome"}"#, r#"{"city": "Rome""#] {
         stage.model.script([Reply::text(bad)]);
         let ran = stage.run(&agent, "Where?").await;

@@ -35,6 +35,9 @@ fn check(at: usize, guardrail: GuardrailInput, checks: &mut Checks) -> Guardrail
     let field = |name: &str| format!("guardrails.{at}.{name}");
     let stage: GuardrailStage = guardrail.stage.into();
     checks.text(&field("name"), &guardrail.name, 1, 100);
+    if guardrail.name.chars().any(char::is_control) {
+        checks.push(UserError::invalid(&field("name"), "A name has no control characters."));
+    }
     if let Some(tool) = &guardrail.tool {
         if matches!(stage, GuardrailStage::ToolInput | GuardrailStage::ToolOutput) {
             check_name(checks, &field("tool"), tool);
