@@ -71,6 +71,9 @@ fn check(decision: &Decision) -> Outcome<()> {
     let mut checks = Checks::default();
     if let Some(message) = &decision.message {
         checks.text("message", message, 0, MAX_MESSAGE);
+        if message.is_empty() {
+            checks.push(UserError::invalid("message", "A message has a character at least. Leave it out for ours."));
+        }
         if decision.approve {
             checks.push(UserError::invalid("message", "A message is told to the model in place of the output of a call that was rejected. Leave it out, or reject."));
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::checks::Tripped;
 use super::nest_history::{last_n, nest, remove_tools};
 use super::texts;
 use super::toolbox::{Target, Toolbox};
@@ -44,7 +45,8 @@ pub struct State {
     standing: HashMap<(Uuid, String), Decision>,
     /// The limit is the first agent's, whoever works now.
     max_turns: u32,
-    trip: Option<Trip>,
+    /// The guardrail that ended the run.
+    trip: Option<Tripped>,
     /// What later runs are shown of a turn whose output was withheld.
     withheld: Vec<InputItem>,
     failure: Option<RunError>,
@@ -56,14 +58,6 @@ pub struct State {
 pub struct Decision {
     approved: bool,
     message: Option<String>,
-}
-
-/// A guardrail that ended the run.
-#[derive(Clone, Debug)]
-struct Trip {
-    name: String,
-    stage: GuardrailStage,
-    reason: String,
 }
 
 /// Whether a call may be made.
@@ -184,7 +178,7 @@ impl State {
             },
             Body::Guardrail { name, stage, .. } if !self.ends_run(name, *stage) => {}
             Body::Guardrail { name, stage, reason, .. } => {
-                self.trip = Some(Trip { name: name.clone(), stage: *stage, reason: reason.clone() });
+                self.trip = Some(Tripped { name: name.clone(), stage: *stage, reason: reason.clone() });
             }
             // A pause or a resumption changes nothing here: the run goes on where it was.
             Body::Status { status, error, .. } => {
@@ -276,8 +270,8 @@ impl State {
     /// A response that ended the run as failed is no part of what later runs are shown.
     fn forget_failed_response(&mut self) {
         match &self.trip {
-            Some(Trip { stage: GuardrailStage::Input, .. }) => self.turns.clear(),
-            Some(Trip { stage: GuardrailStage::Output, .. }) => {
+            Some(Tripped { stage: GuardrailStage::Input, .. }) => self.turns.clear(),
+            Some(Tripped { stage: GuardrailStage::Output, .. }) => {
                 self.withheld = self.turns.pop().map(|mut turn| turn.withheld()).unwrap_or_default();
             }
             Some(_) => {
@@ -492,13 +486,6 @@ impl State {
             body,
         };
         bodies.into_iter().map(step).collect()
-    }
-}
-
-impl Trip {
-    fn error(&self) -> RunError {
-        let Self { name, reason, .. } = self;
-        RunError { code: RunErrorCode::Guardrail, message: format!("The guardrail {name:?} tripped: {reason}") }
     }
 }
 

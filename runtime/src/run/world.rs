@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, SemaphorePermit};
+use futures_util::future::try_join_all;
+use tokio::sync::{OnceCell, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -49,7 +50,7 @@ pub struct World {
     used_call_ids: Mutex<HashSet<String>>,
     /// Items of nested runs that were stored before this claim.
     nested: Mutex<HashMap<String, Vec<Step>>>,
-    toolboxes: tokio::sync::Mutex<HashMap<Uuid, Arc<Toolbox>>>,
+    toolboxes: Mutex<HashMap<Uuid, Arc<OnceCell<Arc<Toolbox>>>>>,
     /// Nested runs that have begun, in this claim and before.
     nested_count: AtomicUsize,
     calls: Semaphore,
@@ -108,7 +109,7 @@ impl World {
             seen,
             used_call_ids: Mutex::new(used_call_ids),
             nested: Mutex::new(nested),
-            toolboxes: tokio::sync::Mutex::default(),
+            toolboxes: Mutex::default(),
             nested_count,
             calls: Semaphore::new(MODEL_CALLS),
         };
@@ -181,20 +182,21 @@ impl World {
     /// # Errors
     /// A server could not be asked for its tools, or two tools have one name; for people.
     pub async fn toolbox(&self, agent: &AgentSpec) -> Result<Arc<Toolbox>, String> {
-        let mut toolboxes = self.toolboxes.lock().await;
-        if let Some(toolbox) = toolboxes.get(&agent.id) {
-            return Ok(toolbox.clone());
-        }
-        let mut listed = Vec::new();
-        for tool in &agent.tools {
-            if let Tool::Mcp(server) = tool {
-                let tools = self.mcp.list(server).await.map_err(|error| error.to_string())?;
-                listed.push((Arc::new(server.clone()), tools));
-            }
-        }
-        let toolbox = Arc::new(Toolbox::new(agent, &self.agents, listed)?);
-        toolboxes.insert(agent.id, toolbox.clone());
-        Ok(toolbox)
+        // A cell an agent: no flow waits for another agent's servers.
+        let cell = locked(&self.toolboxes).entry(agent.id).or_default().clone();
+        cell.get_or_try_init(|| self.filled(agent)).await.cloned()
+    }
+
+    async fn filled(&self, agent: &AgentSpec) -> Result<Arc<Toolbox>, String> {
+        let servers = agent.tools.iter().filter_map(|tool| match tool {
+            Tool::Mcp(server) => Some(server),
+            _ => None,
+        });
+        let listed = try_join_all(servers.map(async |server| {
+            let tools = self.mcp.list(server).await.map_err(|error| error.to_string())?;
+            Ok::<_, String>((Arc::new(server.clone()), tools))
+        }));
+        Ok(Arc::new(Toolbox::new(agent, &self.agents, listed.await?)?))
     }
 
     /// Waits no longer than the run may take. Appends are never waited for this way: one that is cut may or may not

@@ -2,6 +2,7 @@
 
 use cloister_tests::Reply;
 use cloister_tests::app::TestAppBuilder;
+use sea_orm::ConnectionTrait;
 use serde_json::{Value, json};
 
 use super::both::on_both;
@@ -12,6 +13,7 @@ on_both!(
     an_output_is_a_value_of_its_schema,
     a_history_is_limited_to_whole_turns,
     a_paused_run_goes_on_when_a_limit_is_raised,
+    a_paused_run_goes_on_in_the_new_month,
 );
 
 async fn an_output_is_a_value_of_its_schema(app: TestAppBuilder) {
@@ -105,4 +107,24 @@ async fn a_paused_run_goes_on_when_a_limit_is_raised(app: TestAppBuilder) {
     assert_eq!((ran.output().as_str(), ran.run["turns"].as_i64()), ("Done.", Some(2)));
     let states: Vec<_> = ran.of_type("StatusItem").iter().map(|item| text(&item["status"])).collect();
     assert_eq!(states, ["PAUSED_QUOTA", "QUEUED", "SUCCEEDED"]);
+}
+
+async fn a_paused_run_goes_on_in_the_new_month(app: TestAppBuilder) {
+    let stage = Stage::set(app.env("CLOISTER_RUNS__LEASE_SECONDS", "3")).await;
+    let agent = stage.agent(json!({"modelSettings": {"maxOutputTokens": 300}, "tools": [stage.tool("look")]})).await;
+    let limit = json!({"tenantId": stage.tenant.id, "monthlyTokenLimit": 1000});
+    done(&stage.app.admin(), "updateTenant", limit).await;
+    stage.model.script([Reply::tool_call("look", json!({})).usage(500, 300), Reply::text("Done.").usage(20, 5)]);
+    let id = start(stage.client(), json!({"agentId": agent, "input": "Go"})).await;
+    until("it is paused", || run(stage.client(), &id), |run| run["status"] == "PAUSED_QUOTA").await;
+    // What a new month makes of it: all that there is lies in an earlier one.
+    let db = stage.app.database().await;
+    for sql in [
+        "UPDATE quota_counters SET period = '2020-01' WHERE period <> 'run'",
+        "UPDATE runs SET paused_at = '2020-01-31T12:00:00+00:00'",
+    ] {
+        db.execute_unprepared(sql).await.unwrap();
+    }
+    let ran = ended(stage.client(), &id).await;
+    assert_eq!((ran.output().as_str(), ran.run["turns"].as_i64()), ("Done.", Some(2)));
 }

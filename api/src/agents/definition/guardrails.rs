@@ -35,7 +35,8 @@ fn check(at: usize, guardrail: GuardrailInput, checks: &mut Checks) -> Guardrail
     let field = |name: &str| format!("guardrails.{at}.{name}");
     let stage: GuardrailStage = guardrail.stage.into();
     checks.text(&field("name"), &guardrail.name, 1, 100);
-    if guardrail.name.chars().any(char::is_control) {
+    // NUL is refused already.
+    if guardrail.name.chars().any(|c| c.is_control() && c != '\0') {
         checks.push(UserError::invalid(&field("name"), "A name has no control characters."));
     }
     if let Some(tool) = &guardrail.tool {
