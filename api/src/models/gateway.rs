@@ -301,11 +301,24 @@ impl Call {
             finish: completion.finish,
             usage,
         };
+        self.let_caller_catch_up().await;
         let journaled = self.settle(reservation, usage, Some(&response)).await?;
         Ok(match (&self.journal, journaled) {
             (Some(_), false) => Err(ModelError::LeaseLost),
             _ => Ok(ModelEvent::Done { response, journaled }),
         })
+    }
+
+    /// Waits a little while the caller has deltas to take: subscribers are to be told them before the items that replace
+    /// them. One that is slower than that loses deltas, never text.
+    async fn let_caller_catch_up(&self) {
+        const STEPS: u32 = 50;
+        for _ in 0..STEPS {
+            if self.events.is_closed() || self.events.capacity() == self.events.max_capacity() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     async fn cut(
