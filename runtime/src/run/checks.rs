@@ -141,9 +141,11 @@ pub async fn nested(
         let message = "An agent of the run is not part of it.".to_owned();
         return Err(Halt::Fails(RunError { code: RunErrorCode::Internal, message }));
     };
-    for step in world.stored(&scope) {
+    for (pauses, step) in world.stored(&scope) {
+        state.waited(pauses);
         state.fold(step);
     }
+    state.waited(world.pauses);
     let mut flow = Flow::new(world.clone(), place, state);
     // Boxed: a nested run may nest further.
     let driven: BoxFuture<'_, Result<End, Halt>> = flow.drive().boxed();

@@ -133,6 +133,11 @@ impl State {
         })
     }
 
+    /// Says how often the run has waited, which only its own items tell.
+    pub fn waited(&mut self, pauses: usize) {
+        self.pauses = pauses;
+    }
+
     /// Takes in the next item of its scope.
     pub fn fold(&mut self, step: Step) {
         match &step.body {
@@ -214,8 +219,7 @@ impl State {
     }
 
     fn fold_output(&mut self, call_id: String, step: Step) {
-        // A nested run has no pauses of its own; what it waited for shows by the decisions.
-        let pass = if self.scope.is_some() { self.decisions.len() } else { self.pauses };
+        let pass = self.pauses;
         if let Some(turn) = self.turns.last_mut() {
             turn.outputs.insert(call_id, Output { pass, step });
         }

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::state::Agents;
 use super::toolbox::Toolbox;
 use super::{Outcome, Ports};
-use crate::item::{Body, RunError, Step};
+use crate::item::{Body, RunError, RunStatus, Step};
 use crate::journal::{JournalError, Progress};
 use crate::mcp::McpSessions;
 use crate::spec::{AgentSpec, Lease, Tool};
@@ -48,8 +48,10 @@ pub struct World {
     /// Items of the journal that flows have taken in. What a flow appends stands behind them.
     seen: AtomicI64,
     used_call_ids: Mutex<HashSet<String>>,
-    /// Items of nested runs that were stored before this claim.
-    nested: Mutex<HashMap<String, Vec<Step>>>,
+    /// Items of nested runs that were stored before this claim, each with how often the run had waited by then.
+    nested: Mutex<HashMap<String, Vec<(usize, Step)>>>,
+    /// How often the run has waited for decisions before this claim.
+    pub pauses: usize,
     toolboxes: Mutex<HashMap<Uuid, Arc<OnceCell<Arc<Toolbox>>>>>,
     /// Nested runs that have begun, in this claim and before.
     nested_count: AtomicUsize,
@@ -89,11 +91,13 @@ impl World {
     ) -> (Self, Vec<Step>) {
         let seen = AtomicI64::new(i64::try_from(stored.len()).unwrap_or(i64::MAX));
         let used_call_ids = stored.iter().filter_map(called).collect();
-        let mut nested: HashMap<String, Vec<Step>> = HashMap::new();
+        let mut nested: HashMap<String, Vec<(usize, Step)>> = HashMap::new();
         let mut own = Vec::new();
+        let mut pauses = 0;
         for step in stored {
+            pauses += usize::from(matches!(&step.body, Body::Status { status: RunStatus::WaitingApproval, .. }));
             match &step.scope {
-                Some(scope) => nested.entry(scope.clone()).or_default().push(step),
+                Some(scope) => nested.entry(scope.clone()).or_default().push((pauses, step)),
                 None => own.push(step),
             }
         }
@@ -109,6 +113,7 @@ impl World {
             seen,
             used_call_ids: Mutex::new(used_call_ids),
             nested: Mutex::new(nested),
+            pauses,
             toolboxes: Mutex::default(),
             nested_count,
             calls: Semaphore::new(MODEL_CALLS),
@@ -146,8 +151,8 @@ impl World {
         self.calls.acquire().await.ok()
     }
 
-    /// The items of a nested run that were stored before this claim.
-    pub fn stored(&self, scope: &str) -> Vec<Step> {
+    /// The items of a nested run that were stored before this claim, each with how often the run had waited by then.
+    pub fn stored(&self, scope: &str) -> Vec<(usize, Step)> {
         locked(&self.nested).get(scope).cloned().unwrap_or_default()
     }
 
