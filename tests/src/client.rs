@@ -48,6 +48,16 @@ impl Client {
         GraphqlResponse::read(send(request.json(&json!({"query": query, "variables": variables}))).await).await
     }
 
+    /// As [`Client::query`], for one who bears that a connection breaks: with a pod that goes, before it is answered.
+    ///
+    /// # Errors
+    /// No answer came.
+    pub async fn try_query(&self, query: &str, variables: Value) -> Result<GraphqlResponse, reqwest::Error> {
+        let request = self.request(reqwest::Method::POST, "/graphql").header("accept", "application/json");
+        let answer = request.json(&json!({"query": query, "variables": variables})).send().await?;
+        Ok(GraphqlResponse::read(answer).await)
+    }
+
     /// The data of a GraphQL operation.
     ///
     /// # Panics

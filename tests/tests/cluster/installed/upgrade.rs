@@ -7,8 +7,9 @@ use cloister_tests::cluster::build_image;
 use cloister_tests::{Client, Tenant};
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use uuid::Uuid;
 
-use super::life::{agent, start};
+use super::life::agent;
 use super::platform::{NAMESPACE, PODS, Platform, eventually};
 
 /// A tenant of each kind: its name, fields of its spec, clients.
@@ -30,11 +31,23 @@ async fn make_next(platform: &Platform) {
     }
 }
 
-/// Starts runs until told to stop: their ids.
+/// Starts runs until told to stop: their ids. A connection may end with its pod while a request is on its way: then the
+/// same is sent again, with the same idempotency key, as any client does.
 async fn load(client: Client, agent: String, name: &str, stop: watch::Receiver<bool>) -> Vec<String> {
-    let mut runs = Vec::new();
+    const START: &str =
+        "mutation ($input: StartRunInput!) { startRun(input: $input) { run { id } errors { code message field } } }";
+    let mut runs: Vec<String> = Vec::new();
     while !*stop.borrow() {
-        runs.push(start(&client, &agent, &format!("Be slow with {name} number {}.", runs.len())).await);
+        let input = json!({
+            "agentId": agent, "input": format!("Be slow with {name} number {}.", runs.len()),
+            "idempotencyKey": Uuid::now_v7(),
+        });
+        let started = match client.try_query(START, json!({"input": input})).await {
+            Ok(started) => started,
+            Err(_) => client.query(START, json!({"input": input})).await,
+        };
+        let id = started.payload("startRun")["run"]["id"].as_str().expect("a run's id").to_owned();
+        runs.push(id);
         tokio::time::sleep(PAUSE).await;
     }
     runs
