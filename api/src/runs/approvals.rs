@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use cloister_runtime::ids::run_id;
-use cloister_runtime::item::{Body, Item, RunErrorCode, RunStatus, Step};
+use cloister_runtime::item::{Body, Item, RunErrorCode, Step};
 use cloister_runtime::run::pending_approvals;
 use cloister_runtime::spec::RunSpec;
 use entity::runs::Status;
@@ -13,7 +13,7 @@ use sea_orm::{ColumnTrait, QueryFilter, QueryOrder, QuerySelect};
 use uuid::Uuid;
 
 use super::journal::{self, items_in};
-use super::{locked, open_calls, queue};
+use super::{go_on, locked, open_calls};
 use crate::app::App;
 use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
 use crate::input::Checks;
@@ -47,23 +47,14 @@ pub async fn decide(app: &App, tenant_id: Uuid, id: Uuid, decision: Decision) ->
     let call = pending_call(&run, &items, &decision)?.clone();
     let Decision { call_id, approve, message, always, .. } = decision;
     let body = Body::Approval { call_id, approved: Some(approve), always, message };
-    let mut steps = vec![Step { body, ..call.clone() }];
-    let goes_on = run.status == Status::WaitingApproval;
-    if goes_on {
-        let agent_name = super::run_agent_name(&run)?;
-        steps.push(Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Queued) });
+    let steps = vec![Step { body, ..call }];
+    if run.status == Status::WaitingApproval {
+        return go_on(app, tx, run, steps).await;
     }
-    let mut appended = journal::write(app, &tx, run, steps, app.clock.now()).await?;
-    if !goes_on {
-        tx.commit().await?;
-        let run = appended.run.clone();
-        journal::publish(app, appended);
-        return Ok(run);
-    }
-    appended.run = queue::enqueue(app, &tx, appended.run).await?;
+    let appended = journal::write(app, &tx, run, steps, app.clock.now()).await?;
+    tx.commit().await?;
     let run = appended.run.clone();
-    app.pool.commit_queued(app, tx, std::slice::from_ref(&run)).await?;
-    app.live.items(run.id, appended.items, false);
+    journal::publish(app, appended);
     Ok(run)
 }
 

@@ -276,9 +276,14 @@ pub async fn resume(app: &App, tenant_id: Uuid, id: Uuid) -> Outcome<runs::Model
         let message = "Too little is left of this month's tokens. Raise the limit, or wait for the new month.";
         return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
     }
+    go_on(app, tx, run, Vec::new()).await
+}
+
+/// Queues a run that stood still, after these steps, and commits.
+async fn go_on(app: &App, tx: DatabaseTransaction, run: runs::Model, mut steps: Vec<Step>) -> Outcome<runs::Model> {
     let agent_name = run_agent_name(&run)?;
-    let step = Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Queued) };
-    let mut appended = journal::write(app, &tx, run, vec![step], app.clock.now()).await?;
+    steps.push(Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Queued) });
+    let mut appended = journal::write(app, &tx, run, steps, app.clock.now()).await?;
     appended.run = queue::enqueue(app, &tx, appended.run).await?;
     let run = appended.run.clone();
     app.pool.commit_queued(app, tx, std::slice::from_ref(&run)).await?;
