@@ -30,7 +30,7 @@ use crate::runs::wakes::Wakes;
 use crate::runs::{self, live::Live};
 use crate::secrets::Vault;
 use crate::tenants::changes::Changes;
-use crate::usage::quota::{self, Releases};
+use crate::usage::quota::Releases;
 
 /// Closures of published agents kept at hand.
 const CLOSURES: usize = 10_000;
@@ -94,11 +94,7 @@ pub struct Parts {
 pub struct Batches {
     /// Runs that start.
     pub start: Batch<runs::start::Start>,
-    /// Model calls that ask for a reservation.
-    pub reserve: Batch<quota::Reserve>,
-    /// Model calls that are about to be sent.
-    pub send: Batch<quota::Send>,
-    /// What model calls were charged, and what runs have to write down.
+    /// What is written down while runs execute.
     pub record: Batch<runs::record::Record>,
 }
 

@@ -5,6 +5,7 @@
 
 use std::marker::PhantomData;
 use std::mem;
+use std::slice;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ const MOST: usize = 64;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A write that may share a transaction with others of its kind.
-pub trait Batched: Clone + Send + Sync + 'static {
+pub trait Batched: Sized + Send + Sync + 'static {
     /// What the caller learns.
     type Done: Send + 'static;
 
@@ -28,7 +29,7 @@ pub trait Batched: Clone + Send + Sync + 'static {
     fn batch(app: &App) -> &Batch<Self>;
 
     /// Writes them in one transaction, and returns an answer for each in their order.
-    fn write(app: &App, writes: Vec<Self>) -> impl Future<Output = Result<Vec<Self::Done>, Error>> + Send;
+    fn write(app: &App, writes: &[Self]) -> impl Future<Output = Result<Vec<Self::Done>, Error>> + Send;
 }
 
 /// The writes of one kind that wait.
@@ -85,7 +86,7 @@ async fn write_all<W: Batched>(app: App) {
     let _reset = ResetOnPanic::<W>(&app, PhantomData);
     while let Some(gathered) = W::batch(&app).next() {
         let (writes, answers): (Vec<W>, Vec<Answer<W>>) = gathered.into_iter().unzip();
-        match in_time(W::write(&app, writes.clone())).await {
+        match in_time(W::write(&app, &writes)).await {
             Ok(done) => {
                 for (answer, done) in answers.into_iter().zip(done) {
                     // Nobody waiting is no fault.
@@ -101,11 +102,11 @@ async fn write_all<W: Batched>(app: App) {
             Err(error) => {
                 tracing::debug!(inside = ?error, writes = writes.len(), "a batch failed; writing one by one");
                 let mut away = None;
-                for (answer, alone) in answers.into_iter().zip(writes) {
+                for (answer, alone) in answers.into_iter().zip(&writes) {
                     let done = match &away {
                         // The others would only wait for the same.
                         Some(error) => Err(Error::clone(error)),
-                        None => in_time(W::write(&app, vec![alone])).await.and_then(|done| {
+                        None => in_time(W::write(&app, slice::from_ref(alone))).await.and_then(|done| {
                             done.into_iter().next().ok_or_else(|| Error::internal("a write without an answer"))
                         }),
                     };

@@ -18,12 +18,19 @@ use crate::config::{Config, Synchronous};
 /// The level of statements in the log (target `sqlx::query`), which has their text and never their values.
 const STATEMENTS: LevelFilter = LevelFilter::Debug;
 
-/// Connections. On SQLite reading has a pool of its own beside the one writer; on PostgreSQL
-/// both are the same pool.
+/// Connections that gathered writes have to themselves on PostgreSQL: one for each kind that is written at once.
+const GATHERED: u32 = 3;
+
+/// Statements that a connection for gathered writes keeps prepared: a statement's text depends on how much it gathered.
+const GATHERED_STATEMENTS: usize = 512;
+
+/// Connections. On SQLite reading has a pool of its own beside the one writer. On PostgreSQL both are the same pool, and
+/// gathered writes have a few connections that keep their statements prepared.
 #[derive(Clone, Debug)]
 pub struct Db {
     read: DatabaseConnection,
     write: DatabaseConnection,
+    gathered: DatabaseConnection,
 }
 
 impl Db {
@@ -33,19 +40,18 @@ impl Db {
             make_folder(path).map_err(DbErr::Custom)?;
             let write = Database::connect(sqlite_options(config, 1)).await?;
             let read = Database::connect(sqlite_options(config, config.database.max_connections)).await?;
-            return Ok(Self { read, write });
+            return Ok(Self { read, gathered: write.clone(), write });
         }
-        let mut options = ConnectOptions::new(&config.database.url);
-        options
-            .max_connections(config.database.max_connections)
-            .acquire_timeout(Duration::from_secs(10))
-            // A connection that was just used is taken to stand: asking first would double every statement's way.
-            .test_before_acquire_if_idle_for(Duration::from_secs(1))
-            .set_application_name("cloister")
-            .record_stmt_in_spans(false)
-            .sqlx_logging_level(STATEMENTS);
-        let pool = Database::connect(options).await?;
-        Ok(Self { read: pool.clone(), write: pool })
+        let most = config.database.max_connections;
+        if most <= 2 * GATHERED {
+            let pool = Database::connect(postgres_options(config, most)).await?;
+            return Ok(Self { read: pool.clone(), gathered: pool.clone(), write: pool });
+        }
+        let mut gathered = postgres_options(config, GATHERED);
+        gathered.map_sqlx_postgres_opts(|postgres| postgres.statement_cache_capacity(GATHERED_STATEMENTS));
+        let gathered = Database::connect(gathered).await?;
+        let pool = Database::connect(postgres_options(config, most - GATHERED)).await?;
+        Ok(Self { read: pool.clone(), gathered, write: pool })
     }
 
     /// For reading: sees all that is committed.
@@ -60,12 +66,12 @@ impl Db {
 
     /// Opens a transaction for writing. Dropped without `commit`, it never happened.
     pub async fn begin(&self) -> Result<DatabaseTransaction, DbErr> {
-        self.write
-            .begin_with_options(TransactionOptions {
-                sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
-                ..Default::default()
-            })
-            .await
+        begin(&self.write).await
+    }
+
+    /// As [`Db::begin`], for what gathers many writes of one kind and writes them one after the other.
+    pub async fn begin_gathered(&self) -> Result<DatabaseTransaction, DbErr> {
+        begin(&self.gathered).await
     }
 
     /// Whether this is SQLite, and so the only process on this database.
@@ -85,6 +91,11 @@ impl Db {
     }
 }
 
+async fn begin(connection: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
+    let sqlite_transaction_mode = Some(SqliteTransactionMode::Immediate);
+    connection.begin_with_options(TransactionOptions { sqlite_transaction_mode, ..Default::default() }).await
+}
+
 /// `VALUES ($1, $2), ($3, $4), …`: as a table, its columns are `column1`, `column2`, … on both databases.
 pub fn values_list(rows: usize, columns: usize) -> String {
     let row = |row: usize| {
@@ -98,6 +109,19 @@ pub fn values_list(rows: usize, columns: usize) -> String {
 fn make_folder(path: &Path) -> Result<(), String> {
     let Some(folder) = path.parent() else { return Ok(()) };
     std::fs::create_dir_all(folder).map_err(|error| format!("can't make the folder {}: {error}", folder.display()))
+}
+
+fn postgres_options(config: &Config, connections: u32) -> ConnectOptions {
+    let mut options = ConnectOptions::new(&config.database.url);
+    options
+        .max_connections(connections)
+        .acquire_timeout(Duration::from_secs(10))
+        // A connection that was just used is taken to stand: asking first would double every statement's way.
+        .test_before_acquire_if_idle_for(Duration::from_secs(1))
+        .set_application_name("cloister")
+        .record_stmt_in_spans(false)
+        .sqlx_logging_level(STATEMENTS);
+    options
 }
 
 fn sqlite_options(config: &Config, connections: u32) -> ConnectOptions {
@@ -115,6 +139,7 @@ fn sqlite_options(config: &Config, connections: u32) -> ConnectOptions {
         .map_sqlx_sqlite_opts(move |sqlite| {
             sqlite
                 .create_if_missing(true)
+                .statement_cache_capacity(GATHERED_STATEMENTS)
                 .journal_mode(SqliteJournalMode::Wal)
                 .synchronous(synchronous)
                 .foreign_keys(true)

@@ -18,6 +18,15 @@ pub trait Journal: Send + Sync {
     async fn progress(&self, lease: Lease, progress: Progress);
 }
 
+/// Steps that are stored together with what comes next: a model call's reservation.
+#[derive(Clone, Debug)]
+pub struct Deferred {
+    /// As for [`Journal::append`].
+    pub from_sequence: i64,
+    /// The items.
+    pub steps: Vec<Step>,
+}
+
 /// Progress within a turn, between items. Offsets are bytes of UTF-8.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::item::{InputItem, RunErrorCode, TokenUsage};
+use crate::journal::Deferred;
 use crate::recorder::TurnRecorder;
 use crate::spec::{HostedTool, Lease, OutputSchema, ReasoningEffort};
 
@@ -15,6 +16,12 @@ pub trait Model: Send + Sync {
     /// Makes one call. The stream ends with [`ModelEvent::Done`] or an error; what was streamed
     /// before an error is void. Dropping the stream does not stop the metering of what was sent.
     fn respond(&self, call: ModelCall) -> BoxStream<'static, Result<ModelEvent, ModelError>>;
+
+    /// Whether it shares a database with the journal, and stores [`ModelCall::first`] together with the call's
+    /// reservation. Otherwise there is none.
+    fn stores_first(&self) -> bool {
+        false
+    }
 }
 
 /// A model call of a run.
@@ -28,6 +35,8 @@ pub struct ModelCall {
     pub agent_id: uuid::Uuid,
     /// Its version; none for a draft.
     pub agent_version: Option<i32>,
+    /// The outputs that the request answers, to be stored before it is sent. After an error they may not have been.
+    pub first: Option<Deferred>,
     /// What the model is asked.
     pub request: ModelRequest,
     /// Models tried in order, each with the same request, when the one before is unavailable before its first byte.

@@ -30,7 +30,7 @@ use crate::runs::journal::{Append, Verdict};
 use crate::runs::record;
 use crate::tenants::changes::Change;
 use crate::usage::ledger::Settlement;
-use crate::usage::quota::{self, Ask, CallOrigin, DEFAULT_MAX_OUTPUT, Denied, Reserved};
+use crate::usage::quota::{self, Ask, CallOrigin, DEFAULT_MAX_OUTPUT, Denied, Reserve};
 
 /// How long a call goes on that nobody waits for any more.
 const DRAIN: Duration = Duration::from_secs(60);
@@ -38,6 +38,8 @@ const DRAIN: Duration = Duration::from_secs(60);
 const CHECKPOINT: Duration = Duration::from_secs(1);
 /// The longest `Retry-After` that is waited for; a provider that asks for more counts as unavailable.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// When what nobody heard of has become an orphan, and been swept.
+const FORGOTTEN: Duration = Duration::from_secs(40);
 /// Pauses while the database can't be used.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -45,10 +47,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const BUFFER: usize = 64;
 
 /// Where a response's items go, in the transaction that settles its call.
-#[derive(Clone)]
 pub struct JournalWrite {
     /// The right to write.
     pub lease: Lease,
+    /// What is stored before the call, together with its reservation.
+    pub first: Option<Append>,
     /// Turns the response into items.
     pub recorder: TurnRecorder,
 }
@@ -158,20 +161,17 @@ impl Call {
         loop {
             self.attempt += 1;
             let ask = Ask { attempt: self.attempt, input_tokens, max_output };
-            let reserved = tokio::select! {
-                reserved = insist("a reservation", || self.reserve(ask)) => reserved?,
-                () = self.events.closed() => return Ok(Asked::Over(Err(ModelError::LeaseLost))),
-            };
-            let reserved = match reserved {
-                Ok(reserved) => reserved,
+            let reservation = match self.reserve(ask).await? {
+                Ok(reservation) => reservation,
                 Err(denied) => return Ok(Asked::Over(denied)),
             };
-            let mut request = self.request.clone();
+            let given = reservation.tokens - reservation.input_tokens;
             // Less is left than was asked for, or this model gives less than the one that it stands in for.
-            if reserved.max_output < max_output || (self.request.max_output_tokens.is_some() && max_output < wanted) {
-                request.max_output_tokens = u32::try_from(reserved.max_output).ok();
-            }
-            let (message, wait) = match self.attempt(&provider, &request, reserved).await? {
+            let is_less = given < max_output || (self.request.max_output_tokens.is_some() && max_output < wanted);
+            let max_output_tokens = u32::try_from(given).ok();
+            let less = is_less.then(|| ModelRequest { max_output_tokens, ..self.request.clone() });
+            let request = less.as_ref().unwrap_or(&self.request);
+            let (message, wait) = match self.attempt(&provider, request, &reservation).await? {
                 Attempt::Over(last) => return Ok(Asked::Over(last)),
                 Attempt::Again { message, wait } => (message, wait),
             };
@@ -188,50 +188,97 @@ impl Call {
         }
     }
 
-    /// A reservation, or what the call comes to without one.
-    async fn reserve(&self, ask: Ask) -> Result<Result<Reserved, Result<ModelEvent, ModelError>>, Error> {
-        Ok(match quota::reserve(&self.app, &self.origin, ask).await {
-            Ok(reserved) => Ok(reserved),
-            // Others' calls hold what is left: the run waits as if it were used up.
-            Err(Denied::Exhausted | Denied::Busy) => Err(Err(ModelError::QuotaExhausted)),
-            Err(Denied::RunLimit) => Err(failed(RunErrorCode::TokenLimit, "The run's maxTokens are used up.")),
-            Err(Denied::Fault(error)) => return Err(error),
-        })
+    /// A reservation, or what the call comes to without one. What is to be stored before the call is stored with it.
+    async fn reserve(
+        &mut self,
+        ask: Ask,
+    ) -> Result<Result<quota_reservations::Model, Result<ModelEvent, ModelError>>, Error> {
+        let first = self.journal.as_mut().and_then(|journal| journal.first.take());
+        let mut reserve = Reserve::new(&self.app, &self.origin, ask);
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let made = tokio::select! {
+                made = reserve.made(&self.app, first.clone()) => made,
+                () = self.events.closed() => Err(Denied::LeaseLost),
+            };
+            match made {
+                Ok(reservation) => return Ok(Ok(reservation)),
+                // Others' calls hold what is left: the run waits as if it were used up.
+                Err(Denied::Exhausted | Denied::Busy) => return Ok(Err(Err(ModelError::QuotaExhausted))),
+                Err(Denied::RunLimit) => {
+                    return Ok(Err(failed(RunErrorCode::TokenLimit, "The run's maxTokens are used up.")));
+                }
+                Err(Denied::LeaseLost) => {
+                    self.forget(reserve.reservation);
+                    return Ok(Err(Err(ModelError::LeaseLost)));
+                }
+                Err(Denied::Fault(Error::Unavailable(inside))) => {
+                    tracing::warn!(inside, "a reservation waits for the database");
+                }
+                Err(Denied::Fault(error)) => {
+                    self.forget(reserve.reservation);
+                    return Err(error);
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = Ord::min(pause * 2, LONGEST_PAUSE);
+        }
+    }
+
+    /// Gives back what may have been reserved for a call that isn't made. A commit that is on its way while nobody waits
+    /// for it any more may be later than we are: so once more, when it would have been taken for an orphan.
+    fn forget(&self, reservation: quota_reservations::Model) {
+        let app = self.app.clone();
+        self.app.tasks.spawn(async move {
+            let release = || insist("giving back a reservation", || quota::release(&app, &reservation));
+            if let Ok(false) = release().await {
+                tokio::select! {
+                    () = tokio::time::sleep(FORGOTTEN) => {}
+                    () = app.stopping.cancelled() => {}
+                }
+                let _ = release().await;
+            }
+        });
     }
 
     /// One attempt: from its reservation to its settlement or release.
-    async fn attempt(&self, provider: &Provider, request: &ModelRequest, reserved: Reserved) -> Result<Attempt, Error> {
-        let reservation = reserved.reservation;
-        if !insist("marking a call as sent", || quota::mark_sent(&self.app, reservation.call_id)).await? {
-            return Ok(Attempt::Again { message: "The call's reservation had lapsed.".to_owned(), wait: None });
-        }
-        // Marked or not, nothing was sent: whoever waited for it may be gone by now.
+    async fn attempt(
+        &self,
+        provider: &Provider,
+        request: &ModelRequest,
+        reservation: &quota_reservations::Model,
+    ) -> Result<Attempt, Error> {
+        // Its caller may be gone by now; or this process stood still for so long that it was taken for dead.
         if self.events.is_closed() {
-            self.release(&reservation).await?;
+            self.release(reservation).await?;
             return Ok(Attempt::Over(Err(ModelError::LeaseLost)));
+        }
+        if self.app.clock.now() >= reservation.expires_at {
+            self.release(reservation).await?;
+            return Ok(Attempt::Again { message: "The call's reservation had lapsed.".to_owned(), wait: None });
         }
         let model = &self.origin.model;
         let sending = provider.send(model.api, &model.model.upstream, request);
-        match self.while_open(&reservation, sending).await {
-            Ok(answer) => self.stream(answer, &reservation).await.map(Attempt::Over),
+        match self.while_open(reservation, sending).await {
+            Ok(answer) => self.stream(answer, reservation).await.map(Attempt::Over),
             Err(SendError::Retryable { message, retry_after }) => {
                 metrics::model_call(CallOutcome::Refused, None);
-                self.release(&reservation).await?;
+                self.release(reservation).await?;
                 Ok(Attempt::Again { message, wait: retry_after })
             }
             Err(SendError::Rejected { status, message }) => {
                 metrics::model_call(CallOutcome::Refused, None);
-                self.release(&reservation).await?;
+                self.release(reservation).await?;
                 let message = format!("The provider refused the request ({status}): {message}");
                 Ok(Attempt::Over(failed(RunErrorCode::ModelRejected, message)))
             }
             Err(SendError::Unfit { message }) => {
-                self.release(&reservation).await?;
+                self.release(reservation).await?;
                 Ok(Attempt::Over(failed(RunErrorCode::ModelRejected, message)))
             }
             Err(SendError::Unknown { message }) => {
-                let usage = self.estimate(&reservation, &[]);
-                self.settle(&reservation, usage, None).await?;
+                let usage = self.estimate(reservation, &[]);
+                self.settle(reservation, usage, None).await?;
                 Ok(Attempt::Again { message, wait: None })
             }
         }
@@ -239,7 +286,8 @@ impl Call {
 
     /// Gives back what a call reserved that nobody is charged for.
     async fn release(&self, reservation: &quota_reservations::Model) -> Result<(), Error> {
-        insist("giving back a reservation", || quota::release(&self.app, reservation.call_id)).await
+        insist("giving back a reservation", || quota::release(&self.app, reservation)).await?;
+        Ok(())
     }
 
     /// Passes an answer on to the caller, and settles what it cost whatever becomes of either.

@@ -2,7 +2,7 @@
 
 use cloister_runtime::ids::run_id;
 use cloister_runtime::item::{Body, InputItem, Item, RunErrorCode, Step};
-use cloister_runtime::journal::Journal;
+use cloister_runtime::journal::{Deferred, Journal};
 use cloister_runtime::model::{Model, ModelCall, ModelError, ModelEvent};
 use cloister_runtime::run::transcript;
 use cloister_runtime::spec::{Claim, Lease, RunSpec};
@@ -11,7 +11,7 @@ use futures_util::stream::BoxStream;
 use sea_orm::{ColumnTrait, QueryFilter, QueryOrder};
 use uuid::Uuid;
 
-use super::journal::{DatabaseJournal, input_item, items_after, items_of};
+use super::journal::{Append, DatabaseJournal, input_item, items_after, items_of};
 use super::{announce, queue, run_agent_name};
 use crate::agents::graph;
 use crate::app::App;
@@ -142,6 +142,10 @@ impl GatewayModel {
 }
 
 impl Model for GatewayModel {
+    fn stores_first(&self) -> bool {
+        true
+    }
+
     fn respond(&self, call: ModelCall) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
         let names = std::iter::once(&call.request.model).chain(&call.fallback_models);
         let mut models = names.filter_map(|name| self.app.catalog.get(name));
@@ -163,7 +167,9 @@ impl Model for GatewayModel {
             agent_path: Some(path),
             model,
         };
-        let journal = JournalWrite { lease: call.lease, recorder: call.recorder };
+        let first =
+            call.first.map(|Deferred { from_sequence, steps }| Append { lease: call.lease, from_sequence, steps });
+        let journal = JournalWrite { lease: call.lease, first, recorder: call.recorder };
         gateway::call(&self.app, origin, models.collect(), call.request, Some(journal))
     }
 }

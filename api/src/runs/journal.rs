@@ -63,12 +63,12 @@ pub struct Appended {
 pub async fn append_all(
     app: &App,
     tx: &DatabaseTransaction,
-    appends: Vec<Append>,
+    appends: Vec<&Append>,
 ) -> Result<(Vec<Verdict>, Vec<Appended>), Error> {
     if appends.is_empty() {
         return Ok((Vec::new(), Vec::new()));
     }
-    let moving = |append: &&Append| append.steps.iter().any(|step| matches!(step.body, Body::Status { .. }));
+    let moving = |append: &&&Append| append.steps.iter().any(|step| matches!(step.body, Body::Status { .. }));
     lock_conversations(tx, appends.iter().filter(moving).map(|append| append.lease.run_id).collect()).await?;
     let now = app.clock.now();
     let until = queue::lease_from(app, now);
@@ -148,24 +148,25 @@ impl Entry {
     fn take(
         &mut self,
         app: &App,
-        append: Append,
+        append: &Append,
         stored: &[Item],
         now: DateTime<Utc>,
         lease_until: DateTime<Utc>,
     ) -> Verdict {
         let Append { lease, from_sequence, steps } = append;
+        let from_sequence = *from_sequence;
         if self.run.fence != lease.fence || from_sequence > self.run.next_sequence {
             return Verdict::Refused;
         }
         let since = stored.iter().chain(&self.items).filter(|item| item.sequence >= from_sequence);
         let since: Vec<&Step> = since.map(|item| &item.step).collect();
-        if since.windows(Ord::max(steps.len(), 1)).any(|window| window.iter().copied().eq(&steps)) {
+        if since.windows(Ord::max(steps.len(), 1)).any(|window| window.iter().copied().eq(steps)) {
             return Verdict::Repeated;
         }
         if self.run.status != Status::Running {
             return Verdict::Refused;
         }
-        let mut steps = steps;
+        let mut steps = steps.clone();
         // A worker that comes to wait has seen all of its own; what it has not seen are decisions.
         if from_sequence < self.run.next_sequence
             && let Some(waits) = steps.last().filter(|step| is_of(step, RunStatus::WaitingApproval)).cloned()

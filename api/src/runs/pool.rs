@@ -8,10 +8,11 @@ use std::time::Duration;
 use cloister_runtime::run::{Outcome, Ports, Stop, run};
 use cloister_runtime::spec::Lease;
 use dashmap::DashMap;
-use entity::runs;
+use entity::runs::{self, Status};
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use sea_orm::{DatabaseTransaction, DbErr};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -25,12 +26,19 @@ use crate::tenants::changes::Change;
 /// How often the queue is looked into without being told of a change.
 const POLL: Duration = Duration::from_millis(500);
 
+/// Runs claimed at once.
+const CLAIMS: usize = 32;
+
 /// How long a claim, or handing back at the end, may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Places to execute runs in, free again when it is dropped.
+pub type Place = OwnedSemaphorePermit;
+
 /// The runs that this process executes, and those whose workers apart have it call a model.
 pub struct Pool {
-    concurrency: usize,
+    /// One for each run that may be executed at once.
+    places: Arc<Semaphore>,
     active: DashMap<Uuid, (Lease, Stop)>,
     /// By run and nested run.
     answering: DashMap<Uuid, BTreeMap<Option<String>, (Lease, CancellationToken)>>,
@@ -41,7 +49,23 @@ pub struct Pool {
 impl Pool {
     /// A pool that executes `concurrency` runs at once.
     pub fn new(concurrency: usize) -> Self {
-        Self { concurrency, active: DashMap::new(), answering: DashMap::new(), entering: DashMap::new() }
+        let places = Arc::new(Semaphore::new(concurrency));
+        Self { places, active: DashMap::new(), answering: DashMap::new(), entering: DashMap::new() }
+    }
+
+    /// Free places, at most so many, to execute runs in. None if there is none, or the process is about to stop.
+    pub fn take_places(&self, app: &App, most: usize) -> Option<Place> {
+        loop {
+            let free = Ord::min(self.places.available_permits(), most);
+            if free == 0 || app.stopping.is_cancelled() {
+                return None;
+            }
+            // Somebody may have been faster.
+            let free = u32::try_from(free).unwrap_or(u32::MAX);
+            if let Ok(places) = self.places.clone().try_acquire_many_owned(free) {
+                return Some(places);
+            }
+        }
     }
 
     /// Runs executed now.
@@ -99,15 +123,17 @@ impl Pool {
         self.answering.get(&lease.run_id).is_some_and(|calls| calls.values().any(|(held, _)| *held == lease))
     }
 
-    /// Commits what lets runs into the queue, and tells of them. Whoever claims a run before that tells in our
-    /// place ([`Pool::tell_queued`]), so that no subscriber hears RUNNING before QUEUED.
+    /// Commits what lets runs into the queue, or claims them for this pool at once, and tells that they are queued.
+    /// Whoever claims a run before that tells in our place ([`Pool::tell_queued`]), so that no subscriber hears RUNNING
+    /// before QUEUED.
     pub async fn commit_queued(&self, app: &App, tx: DatabaseTransaction, runs: &[runs::Model]) -> Result<(), DbErr> {
         let _entering: Vec<Entering<'_>> = runs.iter().map(|run| Entering::new(self, run)).collect();
         tx.commit().await?;
         for run in runs {
             self.tell_queued(app, run.id);
         }
-        for pool in runs.iter().map(|run| run.pool.as_str()).collect::<BTreeSet<_>>() {
+        let queued = runs.iter().filter(|run| run.status == Status::Queued);
+        for pool in queued.map(|run| run.pool.as_str()).collect::<BTreeSet<_>>() {
             app.wakes.wake(pool);
         }
         Ok(())
@@ -127,7 +153,7 @@ struct Entering<'a>(&'a Pool, Uuid);
 
 impl<'a> Entering<'a> {
     fn new(pool: &'a Pool, run: &runs::Model) -> Self {
-        pool.entering.insert(run.id, run.clone());
+        pool.entering.insert(run.id, queue::before_claim(run));
         Self(pool, run.id)
     }
 }
@@ -173,19 +199,8 @@ impl Drop for Answering {
 pub async fn work(app: App) {
     let bell = app.wakes.bell(queue::SHARED);
     while !app.stopping.is_cancelled() {
-        let free = app.pool.concurrency.saturating_sub(app.pool.active());
-        let claim = tokio::time::timeout(PATIENCE, queue::claim(&app, queue::SHARED, free.min(32), None));
-        // Should a claim succeed whose answer never came, its leases lapse.
-        let late = || Error::Unavailable(format!("a claim took longer than {} s", PATIENCE.as_secs()));
-        match claim.await.unwrap_or_else(|_| Err(late())) {
-            Ok(claimed) if !claimed.is_empty() => {
-                for run in claimed {
-                    begin(&app, run);
-                }
-                continue;
-            }
-            Ok(_) => {}
-            Err(error) => tracing::error!(inside = ?error, "runs could not be claimed"),
+        if claim(&app).await {
+            continue;
         }
         tokio::select! {
             () = bell.notified() => {}
@@ -195,7 +210,27 @@ pub async fn work(app: App) {
     }
 }
 
-fn begin(app: &App, claimed: runs::Model) {
+/// Claims what there is room for. Whether there may be more.
+async fn claim(app: &App) -> bool {
+    let Some(mut places) = app.pool.take_places(app, CLAIMS) else { return false };
+    let claim = tokio::time::timeout(PATIENCE, queue::claim(app, queue::SHARED, places.num_permits(), None));
+    // Should a claim succeed whose answer never came, its leases lapse.
+    let late = || Error::Unavailable(format!("a claim took longer than {} s", PATIENCE.as_secs()));
+    let claimed = claim.await.unwrap_or_else(|_| Err(late())).unwrap_or_else(|error| {
+        tracing::error!(inside = ?error, "runs could not be claimed");
+        Vec::new()
+    });
+    let any = !claimed.is_empty();
+    for run in claimed {
+        if let Some(place) = places.split(1) {
+            begin(app, run, place);
+        }
+    }
+    any
+}
+
+/// Executes a run that was claimed.
+pub fn begin(app: &App, claimed: runs::Model, place: Place) {
     let lease = lease_of(&claimed);
     let stop = Stop { abandon: Default::default(), hand_back: app.stopping.child_token() };
     app.pool.active.insert(lease.run_id, (lease, stop.clone()));
@@ -214,6 +249,7 @@ fn begin(app: &App, claimed: runs::Model) {
             Ok(Outcome::HandedBack) => try_hand_back(&app, lease).await,
             Err(error) => retry_or_fail(&app, &claimed, &error).await,
         }
+        drop(place);
         app.wakes.wake(queue::SHARED);
     });
 }

@@ -75,7 +75,67 @@ pub async fn places(
             last.ok_or_else(|| Error::internal("a tenant's queue is gone"))?
         }
     };
-    Ok((0..count).rev().map(|before_last| last - step * f64::from(before_last)).collect())
+    Ok(vtimes(last, step, count))
+}
+
+/// Virtual times of `count` runs of a tenant that are claimed as soon as they are there, as if they had been queued: their
+/// places are taken. None if something could be claimed before them, or the tenant's cap leaves less room. The caller's
+/// transaction holds the tenant, and stores them with [`claimed_at_once`].
+pub async fn pass(
+    app: &App,
+    tx: &DatabaseTransaction,
+    tenant: &tenants::Model,
+    count: u32,
+) -> Result<Option<Vec<f64>>, Error> {
+    let sql = "UPDATE tenant_queues SET \
+               last_vtime = (CASE WHEN last_vtime > shared.vtime THEN last_vtime ELSE shared.vtime END) + $3 * $4, \
+               claimed_vtime = (CASE WHEN last_vtime > shared.vtime THEN last_vtime ELSE shared.vtime END) + $3 * $4, \
+               running = running + $5 \
+               FROM (SELECT MAX(claimed_vtime) AS vtime, \
+                     COUNT(CASE WHEN next_vtime IS NOT NULL AND running < max_running THEN 1 END) AS waiting \
+                     FROM tenant_queues WHERE pool = $2) AS shared \
+               WHERE tenant_id = $1 AND pool = $2 AND next_vtime IS NULL AND running + $5 <= max_running \
+               AND shared.waiting = 0 RETURNING last_vtime";
+    let step = 1.0 / weight(app, tenant)?;
+    let running = i32::try_from(count).unwrap_or(i32::MAX);
+    let values = [tenant.id.into(), SHARED.into(), step.into(), f64::from(count).into(), running.into()];
+    let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
+    let last = LastVtime::find_by_statement(statement).one(tx).await?;
+    Ok(last.map(|LastVtime { last_vtime }| vtimes(last_vtime, step, count)))
+}
+
+/// A run that is about to be stored, as its first claim leaves it.
+pub fn claimed_at_once(app: &App, run: runs::Model, vtime: f64) -> runs::Model {
+    let now = app.clock.now();
+    runs::Model {
+        status: Status::Running,
+        vtime: Some(vtime),
+        fence: run.fence + 1,
+        lease_until: Some(lease_from(app, now)),
+        claimed_at: Some(now),
+        started_at: Some(now),
+        ..run
+    }
+}
+
+/// A new run as it was before its first claim.
+pub fn before_claim(run: &runs::Model) -> runs::Model {
+    match run.status {
+        Status::Running => runs::Model {
+            status: Status::Queued,
+            fence: 0,
+            lease_until: None,
+            claimed_at: None,
+            started_at: None,
+            ..run.clone()
+        },
+        _ => run.clone(),
+    }
+}
+
+/// Virtual times up to the last.
+fn vtimes(last: f64, step: f64, count: u32) -> Vec<f64> {
+    (0..count).rev().map(|before_last| last - step * f64::from(before_last)).collect()
 }
 
 #[derive(FromQueryResult)]
@@ -213,7 +273,7 @@ pub async fn claim(app: &App, pool: &str, max: usize, worker: Option<&str>) -> R
         return Ok(Vec::new());
     }
     let now = app.clock.now();
-    let tx = app.db.begin().await?;
+    let tx = app.db.begin_gathered().await?;
     // The least virtual times belong to as many tenants at most.
     let least = tenant_queues::Entity::across_tenants()
         .filter(claimable(pool))

@@ -14,6 +14,7 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
+use super::pool::{self, Place};
 use super::{NewRun, OnBusy, cancel_in, journal, queue};
 use crate::agents::graph::Frozen;
 use crate::app::App;
@@ -49,9 +50,8 @@ impl Batched for Start {
         &app.batches.start
     }
 
-    async fn write(app: &App, starts: Vec<Self>) -> Result<Vec<Started>, Error> {
-        let tx = app.db.begin().await?;
-        let ids: Vec<Uuid> = starts.iter().map(|start| start.run.id).collect();
+    async fn write(app: &App, starts: &[Self]) -> Result<Vec<Started>, Error> {
+        let tx = app.db.begin_gathered().await?;
         // Locked before all else, and looked at again: it may have been suspended since the key was checked.
         let tenants = tenants::Entity::across_tenants()
             .filter(tenants::Column::Id.is_in(starts.iter().map(|start| start.run.tenant_id)))
@@ -61,16 +61,14 @@ impl Batched for Start {
             .await?;
         let tenants: HashMap<Uuid, tenants::Model> = tenants.into_iter().map(|tenant| (tenant.id, tenant)).collect();
         let is_active = |id: &Uuid| tenants.get(id).is_some_and(tenants::Model::takes_runs);
-        let (active, refused): (Vec<Start>, Vec<Start>) =
-            starts.into_iter().partition(|start| is_active(&start.run.tenant_id));
-        let started = insert(app, &tx, &tenants, active).await?;
-        app.pool.commit_queued(app, tx, &started).await?;
-        let suspended: HashSet<Uuid> = refused.into_iter().map(|start| start.run.id).collect();
+        let active = starts.iter().filter(|start| is_active(&start.run.tenant_id)).cloned().collect();
+        let begun = insert(app, &tx, &tenants, active).await?;
+        let started = begun.commit(app, tx).await?;
         let mut started: HashMap<Uuid, runs::Model> = started.into_iter().map(|run| (run.id, run)).collect();
-        let answers = ids.into_iter().map(|id| match started.remove(&id) {
+        let answers = starts.iter().map(|start| match started.remove(&start.run.id) {
             Some(run) => Started::Run(Box::new(run)),
-            None if suspended.contains(&id) => Started::Suspended,
-            None => Started::Repeated,
+            None if is_active(&start.run.tenant_id) => Started::Repeated,
+            None => Started::Suspended,
         });
         Ok(answers.collect())
     }
@@ -143,9 +141,8 @@ pub async fn in_conversation(
     // The id is made while the conversation is locked: its runs are ordered by their ids.
     let start = Start::new(app, viewer, new, frozen, fingerprint, Some(conversation_id))?;
     let tenants = HashMap::from([(tenant_id, tenant)]);
-    let started = insert(app, &tx, &tenants, vec![Start { waits, ..start }]).await?;
-    let run = started.first().cloned().ok_or(Refusal::Error(Error::Conflict))?;
-    app.pool.commit_queued(app, tx, &started).await?;
+    let begun = insert(app, &tx, &tenants, vec![Start { waits, ..start }]).await?;
+    let run = begun.commit(app, tx).await?.pop().ok_or(Refusal::Error(Error::Conflict))?;
     for appended in cancelled {
         app.pool.abandon(appended.run.id, appended.run.fence);
         journal::publish(app, appended);
@@ -221,17 +218,39 @@ impl Start {
     }
 }
 
-/// Stores runs with their first items, and queues those that wait for nothing. Those whose idempotency key exists are
-/// left out. The caller's transaction holds the tenants.
+/// Runs as a transaction has stored them.
+struct Begun {
+    runs: Vec<runs::Model>,
+    /// Where those are executed that are claimed already.
+    places: HashMap<Uuid, Place>,
+}
+
+impl Begun {
+    /// Commits, tells of the runs, and begins those that are claimed. Returns them as they were before that.
+    async fn commit(mut self, app: &App, tx: DatabaseTransaction) -> Result<Vec<runs::Model>, Error> {
+        app.pool.commit_queued(app, tx, &self.runs).await?;
+        let told = self.runs.iter().map(queue::before_claim).collect();
+        for run in self.runs {
+            if let Some(place) = self.places.remove(&run.id) {
+                pool::begin(app, run, place);
+            }
+        }
+        Ok(told)
+    }
+}
+
+/// Stores runs with their first items. Those that wait for nothing are claimed for this process where nothing could be
+/// claimed before them and there is room, or queued. Those whose idempotency key exists are left out. The caller's
+/// transaction holds the tenants.
 async fn insert(
     app: &App,
     tx: &DatabaseTransaction,
     tenants: &HashMap<Uuid, tenants::Model>,
     mut starts: Vec<Start>,
-) -> Result<Vec<runs::Model>, Error> {
-    let begun: Vec<conversations::ActiveModel> = starts.iter().filter_map(Start::conversation).collect();
-    if !begun.is_empty() {
-        conversations::Entity::insert_many(begun)
+) -> Result<Begun, Error> {
+    let conversations: Vec<conversations::ActiveModel> = starts.iter().filter_map(Start::conversation).collect();
+    if !conversations.is_empty() {
+        conversations::Entity::insert_many(conversations)
             .on_conflict(OnConflict::new().do_nothing().to_owned())
             .exec_without_returning(tx)
             .await?;
@@ -240,17 +259,10 @@ async fn insert(
     for start in &mut starts {
         by_tenant.entry(start.run.tenant_id).or_default().push(start);
     }
+    let mut places = HashMap::new();
     for (tenant_id, starts) in by_tenant {
         let tenant = tenants.get(&tenant_id).ok_or_else(|| Error::internal("a start of a tenant that is gone"))?;
-        let queued = starts.iter().filter(|start| !start.waits).count();
-        let mut vtimes = match u32::try_from(queued) {
-            Ok(count) if count > 0 => queue::places(app, tx, tenant, count).await?.into_iter(),
-            _ => Vec::new().into_iter(),
-        };
-        for start in starts {
-            start.run.pool = queue::pool_of(tenant).into_owned();
-            start.run.vtime = if start.waits { None } else { vtimes.next() };
-        }
+        places.extend(enter(app, tx, tenant, starts).await?);
     }
     let rows = starts.iter().map(|start| start.run.clone().into_active_model().reset_all());
     let inserted = runs::Entity::insert_many(rows)
@@ -260,11 +272,52 @@ async fn insert(
     let inserted: HashSet<Uuid> = inserted.into_iter().collect();
     let (starts, repeated): (Vec<Start>, Vec<Start>) =
         starts.into_iter().partition(|start| inserted.contains(&start.run.id));
+    // Places that were taken for them are free again; those stored before have theirs.
+    for start in repeated.iter().filter(|start| places.contains_key(&start.run.id)) {
+        queue::vacate(tx, start.run.tenant_id, &start.run.pool, 1).await?;
+    }
     let stored = stored_before(tx, repeated).await?;
     let input = |start: &Start| journal::input_item(&start.run, &start.agent_name);
     let inputs: Vec<Item> = starts.iter().map(input).collect();
     journal::insert_items(tx, starts.iter().map(|start| &start.run).zip(inputs.chunks(1))).await?;
-    Ok(starts.into_iter().map(|start| start.run).chain(stored).collect())
+    let runs: Vec<runs::Model> = starts.into_iter().map(|start| start.run).chain(stored).collect();
+    // One stored before is still ours, unless it has been claimed anew.
+    let is_ours = |run: &runs::Model| run.status == Status::Running && run.fence == 1;
+    places.retain(|id, _| runs.iter().any(|run| run.id == *id && is_ours(run)));
+    Ok(Begun { runs, places })
+}
+
+/// Gives a tenant's runs their pool and their place in it. Returns the places of those that are claimed at once.
+async fn enter(
+    app: &App,
+    tx: &DatabaseTransaction,
+    tenant: &tenants::Model,
+    starts: Vec<&mut Start>,
+) -> Result<HashMap<Uuid, Place>, Error> {
+    let mut claimed = HashMap::new();
+    let count = starts.iter().filter(|start| !start.waits).count();
+    let pool = queue::pool_of(tenant);
+    let places = if pool == queue::SHARED { app.pool.take_places(app, count) } else { None };
+    let mut places = places.filter(|places| places.num_permits() == count);
+    let count = u32::try_from(count).unwrap_or(u32::MAX);
+    let passed = if places.is_some() { queue::pass(app, tx, tenant, count).await? } else { None };
+    let is_passed = passed.is_some();
+    let vtimes = match passed {
+        Some(vtimes) => vtimes,
+        None if count > 0 => queue::places(app, tx, tenant, count).await?,
+        None => Vec::new(),
+    };
+    let mut vtimes = vtimes.into_iter();
+    for start in starts {
+        start.run.pool = pool.to_string();
+        let Some(vtime) = (if start.waits { None } else { vtimes.next() }) else { continue };
+        start.run.vtime = Some(vtime);
+        if is_passed && let Some(place) = places.as_mut().and_then(|places| places.split(1)) {
+            start.run = queue::claimed_at_once(app, start.run.clone(), vtime);
+            claimed.insert(start.run.id, place);
+        }
+    }
+    Ok(claimed)
 }
 
 /// Of starts that met a row of theirs: the runs that a commit stored whose answer was lost. The others' idempotency keys

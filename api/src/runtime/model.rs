@@ -76,6 +76,7 @@ pub async fn model(
         turn,
         agent_id: agent.id,
         agent_version: agent.version,
+        first: None,
         request,
         fallback_models: agent.fallback_models.clone(),
         recorder,

@@ -143,10 +143,12 @@ pub fn signing_secrets(app: &App, tenant: &tenants::Model) -> Result<Vec<String>
 
 /// The tenant's limit in tokens a month: its own, or its plan's.
 pub fn monthly_limit(app: &App, tenant: &tenants::Model) -> Result<i64, Error> {
-    match tenant.monthly_token_limit {
-        Some(limit) => Ok(limit),
-        None => Ok(app.plans.get(&tenant.plan)?.monthly_token_limit),
-    }
+    monthly_limit_of(app, &tenant.plan, tenant.monthly_token_limit)
+}
+
+/// As [`monthly_limit`], of a tenant on this plan with this limit of its own.
+pub fn monthly_limit_of(app: &App, plan: &str, own: Option<i64>) -> Result<i64, Error> {
+    own.map_or_else(|| Ok(app.plans.get(plan)?.monthly_token_limit), Ok)
 }
 
 /// Whether there is such a tenant that isn't being deleted.

@@ -11,6 +11,7 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
+use super::counters::Moves;
 use super::quota;
 use crate::app::App;
 use crate::clock::day_of;
@@ -30,9 +31,10 @@ pub struct Settlement {
 
 /// Records what calls were charged, in the caller's transaction: the rows, the days' totals and the reservations. For
 /// a call that is recorded already nothing happens, unless it was an estimate and the provider's count comes after all.
-pub async fn settle(tx: &DatabaseTransaction, settlements: &[Settlement]) -> Result<(), Error> {
+/// The caller's transaction is to apply the moves.
+pub async fn settle(tx: &DatabaseTransaction, settlements: &[&Settlement]) -> Result<Moves, Error> {
     if settlements.is_empty() {
-        return Ok(());
+        return Ok(Moves::default());
     }
     let rows = settlements.iter().map(|settlement| record(settlement).into_active_model().reset_all());
     let inserted = usage_records::Entity::insert_many(rows)
@@ -49,40 +51,72 @@ pub async fn settle(tx: &DatabaseTransaction, settlements: &[Settlement]) -> Res
     for (key, totals) in totals {
         add_to_totals(tx, key, totals).await?;
     }
-    for settlement in settlements {
-        if !settlement.usage.estimated && !new_ids.contains(&settlement.reservation.call_id) {
-            correct(tx, settlement).await?;
+    let deleted = quota::delete(tx, new_ids.iter().copied()).await?;
+    let mut moves = Moves::default();
+    for Settlement { reservation, usage } in new() {
+        if let Some(tokens) = deleted.get(&reservation.call_id) {
+            moves.add(reservation, usage.total_tokens(), -tokens);
         }
     }
-    quota::take(tx, new().map(|settlement| (settlement.reservation.call_id, settlement.usage.total_tokens())).collect())
-        .await
+    for settlement in settlements {
+        if !settlement.usage.estimated && !new_ids.contains(&settlement.reservation.call_id) {
+            correct(tx, settlement, &mut moves).await?;
+        }
+    }
+    Ok(moves)
 }
 
-/// Puts the provider's count in an estimate's place: the call's process stood still, or could not reach the database,
-/// for so long that the call was taken for an orphan, but it lived.
-async fn correct(tx: &DatabaseTransaction, settlement: &Settlement) -> Result<(), Error> {
-    let Settlement { reservation, usage } = settlement;
+/// Gives back what calls reserved that nobody is charged for. One that was taken for an orphan in the meantime is struck
+/// out of the ledger. Returns those of which there was anything; the caller's transaction is to apply the moves.
+pub async fn release(
+    tx: &DatabaseTransaction,
+    reservations: &[&quota_reservations::Model],
+    moves: &mut Moves,
+) -> Result<HashSet<Uuid>, Error> {
+    if reservations.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let deleted = quota::delete(tx, reservations.iter().map(|reservation| reservation.call_id)).await?;
+    let mut released: HashSet<Uuid> = deleted.keys().copied().collect();
+    for reservation in reservations {
+        if let Some(tokens) = deleted.get(&reservation.call_id) {
+            moves.add(reservation, 0, -tokens);
+        } else if let Some(estimate) = estimate_of(tx, reservation).await? {
+            let tokens = difference(&TokenUsage::default(), &usage_of(&estimate));
+            estimate.into_active_model().delete(tx).await?;
+            let totals = Totals { requests: -1, estimated_requests: -1, tokens };
+            add_to_totals(tx, TotalsKey::of(reservation), totals).await?;
+            moves.add(reservation, tokens.total_tokens(), 0);
+            released.insert(reservation.call_id);
+        }
+    }
+    Ok(released)
+}
+
+/// The row of a call that was taken for an orphan, locked.
+async fn estimate_of(
+    tx: &DatabaseTransaction,
+    reservation: &quota_reservations::Model,
+) -> Result<Option<usage_records::Model>, Error> {
     let estimate = usage_records::Entity::in_tenant(reservation.tenant_id)
         .filter(usage_records::Column::CallId.eq(reservation.call_id))
         .filter(usage_records::Column::CreatedAt.eq(reservation.created_at))
         .filter(usage_records::Column::Estimated.eq(true))
-        .lock_exclusive()
-        .one(tx)
-        .await?;
-    let Some(estimate) = estimate else { return Ok(()) };
-    let tokens = TokenUsage {
-        input_tokens: usage.input_tokens - estimate.input_tokens,
-        cache_read_tokens: usage.cache_read_tokens - estimate.cache_read_tokens,
-        cache_write_tokens: usage.cache_write_tokens - estimate.cache_write_tokens,
-        output_tokens: usage.output_tokens - estimate.output_tokens,
-        reasoning_tokens: usage.reasoning_tokens - estimate.reasoning_tokens,
-        cost_nano_usd: usage.cost_nano_usd - estimate.cost,
-        estimated: false,
-    };
+        .lock_exclusive();
+    Ok(estimate.one(tx).await?)
+}
+
+/// Puts the provider's count in an estimate's place: the call's process stood still, or could not reach the database,
+/// for so long that the call was taken for an orphan, but it lived.
+async fn correct(tx: &DatabaseTransaction, settlement: &Settlement, moves: &mut Moves) -> Result<(), Error> {
+    let Settlement { reservation, usage } = settlement;
+    let Some(estimate) = estimate_of(tx, reservation).await? else { return Ok(()) };
+    let tokens = difference(usage, &usage_of(&estimate));
     record(settlement).into_active_model().reset_all().update(tx).await?;
-    let difference = Totals { requests: 0, estimated_requests: -1, tokens };
-    add_to_totals(tx, TotalsKey::of(reservation), difference).await?;
-    quota::add_used(tx, reservation, tokens.total_tokens()).await
+    let totals = Totals { requests: 0, estimated_requests: -1, tokens };
+    add_to_totals(tx, TotalsKey::of(reservation), totals).await?;
+    moves.add(reservation, tokens.total_tokens(), 0);
+    Ok(())
 }
 
 fn record(Settlement { reservation, usage }: &Settlement) -> usage_records::Model {
@@ -106,6 +140,31 @@ fn record(Settlement { reservation, usage }: &Settlement) -> usage_records::Mode
         reasoning_tokens: usage.reasoning_tokens,
         cost: usage.cost_nano_usd,
         estimated: usage.estimated,
+    }
+}
+
+/// What a row counts.
+fn usage_of(row: &usage_records::Model) -> TokenUsage {
+    TokenUsage {
+        input_tokens: row.input_tokens,
+        cache_read_tokens: row.cache_read_tokens,
+        cache_write_tokens: row.cache_write_tokens,
+        output_tokens: row.output_tokens,
+        reasoning_tokens: row.reasoning_tokens,
+        cost_nano_usd: row.cost,
+        estimated: row.estimated,
+    }
+}
+
+fn difference(usage: &TokenUsage, less: &TokenUsage) -> TokenUsage {
+    TokenUsage {
+        input_tokens: usage.input_tokens - less.input_tokens,
+        cache_read_tokens: usage.cache_read_tokens - less.cache_read_tokens,
+        cache_write_tokens: usage.cache_write_tokens - less.cache_write_tokens,
+        output_tokens: usage.output_tokens - less.output_tokens,
+        reasoning_tokens: usage.reasoning_tokens - less.reasoning_tokens,
+        cost_nano_usd: usage.cost_nano_usd - less.cost_nano_usd,
+        estimated: false,
     }
 }
 
@@ -205,14 +264,17 @@ pub async fn sweep(app: &App, all: bool) -> Result<(), Error> {
             orphaned().filter(quota_reservations::Column::CallId.eq(found.call_id)).lock_exclusive().one(&tx).await?;
         let Some(orphan) = orphan else { continue };
         let (tenant_id, call_id) = (orphan.tenant_id, orphan.call_id);
+        // Replicas of before made a reservation first, and marked it when its call went out.
         if orphan.sent {
             let usage = estimate(&orphan, &price);
-            settle(&tx, &[Settlement { reservation: orphan, usage }]).await?;
+            settle(&tx, &[&Settlement { reservation: orphan, usage }]).await?.apply(app, &tx).await?;
             tx.commit().await?;
             metrics::model_call(CallOutcome::Orphaned, Some(&usage));
             tracing::warn!(%call_id, tokens = usage.total_tokens(), "settled an orphaned model call by estimate");
         } else {
-            quota::take(&tx, BTreeMap::from([(call_id, 0)])).await?;
+            let mut moves = Moves::default();
+            release(&tx, &[&orphan], &mut moves).await?;
+            moves.apply(app, &tx).await?;
             tx.commit().await?;
         }
         app.releases.wake();

@@ -1,5 +1,6 @@
 //! Metering: reservations before a model call, the ledger after it, and what they add up to.
 
+pub mod counters;
 pub mod graphql;
 pub mod ledger;
 pub mod quota;

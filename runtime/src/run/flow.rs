@@ -21,7 +21,7 @@ use super::tools::{self, Answer};
 use super::turn::Call;
 use super::world::{Halt, World};
 use crate::item::{Body, InputItem, RunError, RunErrorCode, RunStatus, Step, arguments_hash, storable_json};
-use crate::journal::Progress;
+use crate::journal::{Deferred, Progress};
 use crate::model::{ModelCall, ModelError, ModelEvent, ModelResponse};
 use crate::recorder::TurnRecorder;
 use crate::spec::GuardrailStage;
@@ -90,13 +90,15 @@ pub struct Flow {
     waiting: HashSet<String>,
     /// Of the input guardrails that run beside the first model call.
     beside: Option<Verdict>,
+    /// The last outputs: taken in, and to be stored with the next model call's reservation.
+    deferred: Option<Deferred>,
 }
 
 impl Flow {
     /// A flow that stands where `state` does.
     pub fn new(world: Arc<World>, place: Place, state: State) -> Self {
         let taken_over = world.lease.fence > 1;
-        Self { world, place, state, taken_over, waiting: HashSet::new(), beside: None }
+        Self { world, place, state, taken_over, waiting: HashSet::new(), beside: None, deferred: None }
     }
 
     /// Goes on to the end. A nested run's end is what this returns; the run's own is written down besides.
@@ -126,6 +128,9 @@ impl Flow {
         };
         let taken_over = mem::take(&mut self.taken_over);
         let next = self.state.next(&toolbox, &self.waiting);
+        if !matches!(next, Next::AskModel(_)) {
+            self.store_deferred().await?;
+        }
         if !matches!(next, Next::AskModel(_) | Next::Nothing)
             && let Some(tripped) = self.verdict_beside().await?
         {
@@ -145,9 +150,11 @@ impl Flow {
     async fn call_tools(&mut self, turn: u32, calls: Vec<Call>) -> Result<Option<End>, Halt> {
         let caller = self.state.caller().clone();
         let world = self.world.clone();
+        let mut open = calls.len();
         let mut answers = pin!(tools::call_all(&self.world, &self.place, &caller, turn, calls));
         let mut halt = None;
         while let Some(batch) = world.in_time(answers.next()).await? {
+            open -= Ord::min(open, batch.len());
             let mut bodies = Vec::new();
             let mut has_tripped = false;
             for answer in batch {
@@ -166,7 +173,12 @@ impl Flow {
                     }
                 }
             }
-            self.append(self.state.steps_of_last(bodies)).await?;
+            let steps = self.state.steps_of_last(bodies);
+            if open == 0 && !has_tripped && halt.is_none() && world.ports.model.stores_first() {
+                self.defer(steps);
+                break;
+            }
+            self.append(steps).await?;
             if has_tripped {
                 return Ok(None);
             }
@@ -179,19 +191,32 @@ impl Flow {
             return Err(Halt::TimeOver);
         }
         if self.world.hand_back.is_cancelled() {
+            self.store_deferred().await?;
             return Err(Halt::With(Outcome::HandedBack));
         }
         if taken_over && self.is_root() {
             self.world.progress(Progress::Restarted { turn }).await;
         }
         let world = self.world.clone();
-        let _place = world.in_time(world.place_for_call()).await?;
+        let _place = match world.free_place_for_call() {
+            Some(place) => place,
+            None => {
+                self.store_deferred().await?;
+                world.in_time(world.place_for_call()).await??
+            }
+        };
         let call = match self.model_call(turn).await? {
             Ok(call) => call,
             Err(error) => return self.fail(error).await,
         };
         let recorder = call.recorder.clone();
-        match self.listen(call).await? {
+        let heard = self.listen(call).await?;
+        match heard {
+            Heard::Response(..) => self.deferred_is_stored(),
+            Heard::Error(ModelError::LeaseLost) => {}
+            Heard::Error(_) | Heard::Trip(_) => self.store_deferred().await?,
+        }
+        match heard {
             Heard::Response(response, journaled) => {
                 self.take_response(&recorder, &response, journaled).await?;
                 Ok(None)
@@ -221,6 +246,7 @@ impl Flow {
             turn,
             agent_id: agent.id,
             agent_version: agent.version,
+            first: self.deferred.clone(),
             request: request::build(&self.state, &toolbox),
             fallback_models: agent.fallback_models.clone(),
             recorder: TurnRecorder {
@@ -228,7 +254,7 @@ impl Flow {
                 agent_name: agent.name.clone(),
                 scope: self.place.scope.clone(),
                 is_final: self.beside.is_none() && TurnRecorder::ends_with_text(agent),
-                from_sequence: self.world.next_sequence(),
+                from_sequence: self.next_sequence(),
                 used_call_ids: self.world.used_call_ids(),
             },
         }))
@@ -412,11 +438,13 @@ impl Flow {
 
     /// Writes steps down and takes them in.
     async fn append(&mut self, steps: Vec<Step>) -> Result<(), Halt> {
+        self.store_deferred().await?;
         if steps.is_empty() {
             return Ok(());
         }
-        self.world.append(&steps).await?;
-        self.fold(steps);
+        let append = Deferred { from_sequence: self.world.next_sequence(), steps };
+        self.world.append(&append).await?;
+        self.fold(append.steps);
         Ok(())
     }
 
@@ -425,6 +453,38 @@ impl Flow {
             self.world.see(&step);
             self.state.fold(step);
         }
+    }
+
+    /// Takes steps in that are written down with what comes next.
+    fn defer(&mut self, steps: Vec<Step>) {
+        if steps.is_empty() {
+            return;
+        }
+        self.deferred = Some(Deferred { from_sequence: self.world.next_sequence(), steps: steps.clone() });
+        for step in steps {
+            self.state.fold(step);
+        }
+    }
+
+    /// Writes down what was deferred. If a model call has done that already, it is known by its sequence.
+    async fn store_deferred(&mut self) -> Result<(), Halt> {
+        if let Some(deferred) = &self.deferred {
+            self.world.append(deferred).await?;
+            self.deferred_is_stored();
+        }
+        Ok(())
+    }
+
+    fn deferred_is_stored(&mut self) {
+        for step in self.deferred.take().into_iter().flat_map(|deferred| deferred.steps) {
+            self.world.see(&step);
+        }
+    }
+
+    /// The earliest sequence that an item can have behind what was deferred.
+    fn next_sequence(&self) -> i64 {
+        let deferred = self.deferred.as_ref().map_or(0, |deferred| deferred.steps.len());
+        self.world.next_sequence() + i64::try_from(deferred).unwrap_or(i64::MAX)
     }
 }
 

@@ -15,7 +15,7 @@ use super::state::Agents;
 use super::toolbox::Toolbox;
 use super::{Outcome, Ports};
 use crate::item::{Body, RunError, RunStatus, Step};
-use crate::journal::{JournalError, Progress};
+use crate::journal::{Deferred, JournalError, Progress};
 use crate::mcp::McpSessions;
 use crate::spec::{AgentSpec, Lease, Tool};
 
@@ -145,10 +145,17 @@ impl World {
         self.nested_count.fetch_add(1, Ordering::SeqCst) < NESTED_RUNS
     }
 
-    /// Waits until one more model call may be made: the run's flows share so many.
-    pub async fn place_for_call(&self) -> Option<SemaphorePermit<'_>> {
-        // It is never closed.
-        self.calls.acquire().await.ok()
+    /// A place for one more model call, if there is one: the run's flows share so many.
+    pub fn free_place_for_call(&self) -> Option<SemaphorePermit<'_>> {
+        self.calls.try_acquire().ok()
+    }
+
+    /// Waits for a place.
+    ///
+    /// # Errors
+    /// None: the places last as long as the run.
+    pub async fn place_for_call(&self) -> Result<SemaphorePermit<'_>, Halt> {
+        self.calls.acquire().await.map_err(|_| Halt::With(Outcome::HandedBack))
     }
 
     /// The items of a nested run that were stored before this claim, each with how often the run had waited by then.
@@ -160,13 +167,12 @@ impl World {
     ///
     /// # Errors
     /// The lease is lost, or the journal could not be reached for too long.
-    pub async fn append(&self, steps: &[Step]) -> Result<(), JournalError> {
+    pub async fn append(&self, Deferred { from_sequence, steps }: &Deferred) -> Result<(), JournalError> {
         let give_up = Instant::now() + JOURNAL_PATIENCE;
         let mut pause = FIRST_PAUSE;
         // The same for each attempt: a repetition is known by it.
-        let from_sequence = self.next_sequence();
         loop {
-            match self.ports.journal.append(self.lease, from_sequence, steps.to_vec()).await {
+            match self.ports.journal.append(self.lease, *from_sequence, steps.clone()).await {
                 Err(JournalError::Unavailable(reason)) if Instant::now() + pause < give_up => {
                     tracing::warn!(%reason, "the journal can't be reached; trying again");
                     sleep(pause).await;

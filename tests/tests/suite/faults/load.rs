@@ -283,10 +283,14 @@ fn turns(text: &str) -> u64 {
 }
 
 /// What 30 seconds would do: nobody extends the reservations of the killed, and those whose making was not heard of.
+/// Again and again: a commit that stood still on its way may make one only now.
 async fn let_orphans_lapse(db: &DatabaseConnection, orphans: &Orphans) {
-    eventually("the calls of the living are settled", async || {
-        reservations(db).await.iter().all(|call| orphans.0.contains(&call.call_id) || !call.sent)
+    eventually("no call is left that somebody is to settle", async || {
+        let standing = reservations(db).await;
+        if standing.iter().all(|call| orphans.0.contains(&call.call_id) || !call.sent) {
+            let_reservations_lapse(db).await;
+        }
+        standing.is_empty()
     })
     .await;
-    let_reservations_lapse(db).await;
 }
