@@ -18,19 +18,28 @@ use crate::config::{Config, Synchronous};
 /// The level of statements in the log (target `sqlx::query`), which has their text and never their values.
 const STATEMENTS: LevelFilter = LevelFilter::Debug;
 
-/// Connections that gathered writes have to themselves on PostgreSQL: one for each kind that is written at once.
-const GATHERED: u32 = 3;
+/// What gathers, and is written one transaction after the other.
+#[derive(Clone, Copy, Debug)]
+pub enum Gathered {
+    /// Runs that start.
+    Starts,
+    /// What is written down while runs execute.
+    Records,
+}
+
+/// Kinds of [`Gathered`].
+const GATHERED: u32 = 2;
 
 /// Statements that a connection for gathered writes keeps prepared: a statement's text depends on how much it gathered.
 const GATHERED_STATEMENTS: usize = 512;
 
 /// Connections. On SQLite reading has a pool of its own beside the one writer. On PostgreSQL both are the same pool, and
-/// gathered writes have a few connections that keep their statements prepared.
+/// what gathers has a connection each, which keeps its statements prepared.
 #[derive(Clone, Debug)]
 pub struct Db {
     read: DatabaseConnection,
     write: DatabaseConnection,
-    gathered: DatabaseConnection,
+    gathered: [DatabaseConnection; GATHERED as usize],
 }
 
 impl Db {
@@ -40,16 +49,19 @@ impl Db {
             make_folder(path).map_err(DbErr::Custom)?;
             let write = Database::connect(sqlite_options(config, 1)).await?;
             let read = Database::connect(sqlite_options(config, config.database.max_connections)).await?;
-            return Ok(Self { read, gathered: write.clone(), write });
+            return Ok(Self { read, gathered: [write.clone(), write.clone()], write });
         }
         let most = config.database.max_connections;
         if most <= 2 * GATHERED {
             let pool = Database::connect(postgres_options(config, most)).await?;
-            return Ok(Self { read: pool.clone(), gathered: pool.clone(), write: pool });
+            return Ok(Self { read: pool.clone(), gathered: [pool.clone(), pool.clone()], write: pool });
         }
-        let mut gathered = postgres_options(config, GATHERED);
-        gathered.map_sqlx_postgres_opts(|postgres| postgres.statement_cache_capacity(GATHERED_STATEMENTS));
-        let gathered = Database::connect(gathered).await?;
+        let alone = || {
+            let mut options = postgres_options(config, 1);
+            options.map_sqlx_postgres_opts(|postgres| postgres.statement_cache_capacity(GATHERED_STATEMENTS));
+            Database::connect(options)
+        };
+        let gathered = [alone().await?, alone().await?];
         let pool = Database::connect(postgres_options(config, most - GATHERED)).await?;
         Ok(Self { read: pool.clone(), gathered, write: pool })
     }
@@ -69,9 +81,14 @@ impl Db {
         begin(&self.write).await
     }
 
-    /// As [`Db::begin`], for what gathers many writes of one kind and writes them one after the other.
-    pub async fn begin_gathered(&self) -> Result<DatabaseTransaction, DbErr> {
-        begin(&self.gathered).await
+    /// As [`Db::begin`], for what gathers.
+    pub async fn begin_gathered(&self, kind: Gathered) -> Result<DatabaseTransaction, DbErr> {
+        let [starts, records] = &self.gathered;
+        begin(match kind {
+            Gathered::Starts => starts,
+            Gathered::Records => records,
+        })
+        .await
     }
 
     /// Whether this is SQLite, and so the only process on this database.

@@ -40,6 +40,8 @@ const CHECKPOINT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// When what nobody heard of has become an orphan, and been swept.
 const FORGOTTEN: Duration = Duration::from_secs(40);
+/// How long a complete answer waits for its caller to take what was streamed of it.
+const CATCH_UP: Duration = Duration::from_millis(50);
 /// Pauses while the database can't be used.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -360,13 +362,9 @@ impl Call {
     /// Waits a little while the caller has deltas to take: subscribers are to be told them before the items that replace
     /// them. One that is slower than that loses deltas, never text.
     async fn let_caller_catch_up(&self) {
-        const STEPS: u32 = 50;
-        for _ in 0..STEPS {
-            if self.events.is_closed() || self.events.capacity() == self.events.max_capacity() {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        // All of the channel's room is there once all that was sent has been taken.
+        let all_taken = self.events.reserve_many(self.events.max_capacity());
+        let _ = tokio::time::timeout(CATCH_UP, all_taken).await;
     }
 
     async fn cut(

@@ -173,8 +173,14 @@ impl Entry {
         {
             steps.push(Step { body: Body::status(RunStatus::Queued), ..waits });
         }
-        self.add(app, steps, now, Some(lease_until));
+        self.add(app, steps, now, Some(self.renewed(now, lease_until)));
         Verdict::Stored
+    }
+
+    /// Until when the lease stands. It stays as it is while most of it is left: it is in an index, which makes a change
+    /// of it the dearest part of an append.
+    fn renewed(&self, now: DateTime<Utc>, lease_until: DateTime<Utc>) -> DateTime<Utc> {
+        self.run.lease_until.filter(|held| *held - now > (lease_until - now) * 2 / 3).unwrap_or(lease_until)
     }
 
     /// Adds steps, and does what they mean for the run's row.

@@ -273,7 +273,7 @@ pub async fn claim(app: &App, pool: &str, max: usize, worker: Option<&str>) -> R
         return Ok(Vec::new());
     }
     let now = app.clock.now();
-    let tx = app.db.begin_gathered().await?;
+    let tx = app.db.begin().await?;
     // The least virtual times belong to as many tenants at most.
     let least = tenant_queues::Entity::across_tenants()
         .filter(claimable(pool))

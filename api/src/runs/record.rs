@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::batch::{self, Batch, Batched};
+use crate::db::Gathered;
 use crate::error::Error;
 use crate::runs::journal::{self, Append, Verdict};
 use crate::usage::ledger::{self, Settlement};
@@ -48,7 +49,7 @@ impl Batched for Record {
         let is_released = |asked: &Reserve| released.iter().any(|left| left.call_id == asked.reservation.call_id);
         let asked: Vec<&Reserve> = asked.filter(|asked| !is_released(asked)).collect();
         let appends: Vec<&Append> = records.iter().filter_map(|record| record.append.as_ref()).collect();
-        let tx = app.db.begin_gathered().await?;
+        let tx = app.db.begin_gathered(Gathered::Records).await?;
         // Counters are locked before runs, everywhere. What is freed here is there for who asks.
         let mut moves = ledger::settle(&tx, &settlements).await?;
         let released = ledger::release(&tx, &released, &mut moves).await?;

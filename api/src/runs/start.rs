@@ -19,6 +19,7 @@ use super::{NewRun, OnBusy, cancel_in, journal, queue};
 use crate::agents::graph::Frozen;
 use crate::app::App;
 use crate::batch::{self, Batch, Batched};
+use crate::db::Gathered;
 use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
 use crate::viewer::TenantViewer;
 
@@ -51,7 +52,7 @@ impl Batched for Start {
     }
 
     async fn write(app: &App, starts: &[Self]) -> Result<Vec<Started>, Error> {
-        let tx = app.db.begin_gathered().await?;
+        let tx = app.db.begin_gathered(Gathered::Starts).await?;
         // Locked before all else, and looked at again: it may have been suspended since the key was checked.
         let tenants = tenants::Entity::across_tenants()
             .filter(tenants::Column::Id.is_in(starts.iter().map(|start| start.run.tenant_id)))

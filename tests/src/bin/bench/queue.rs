@@ -1,8 +1,8 @@
 //! Claim and finish a second, Cloister and graphile-worker by turns, on the same PostgreSQL.
 //!
 //! Cloister's no-op is a run whose own token limit leaves no room for a model call. It is claimed, its input goes into
-//! its journal, the reservation for its call is refused, and it ends as FAILED/TOKEN_LIMIT with all that a run's end
-//! writes.
+//! its journal, its call is refused before anything is reserved, and it ends as FAILED/TOKEN_LIMIT with all that a run's
+//! end writes.
 
 use std::time::Duration;
 
