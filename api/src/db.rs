@@ -28,18 +28,21 @@ pub enum Gathered {
 }
 
 /// Kinds of [`Gathered`].
-const GATHERED: u32 = 2;
+const KINDS: u32 = 2;
+
+/// Connections of a kind. One does: the others are for when it stands still.
+const GATHERED: u32 = 3;
 
 /// Statements that a connection for gathered writes keeps prepared: a statement's text depends on how much it gathered.
 const GATHERED_STATEMENTS: usize = 512;
 
 /// Connections. On SQLite reading has a pool of its own beside the one writer. On PostgreSQL both are the same pool, and
-/// what gathers has a connection each, which keeps its statements prepared.
+/// what gathers has connections of its own, which keep its statements prepared.
 #[derive(Clone, Debug)]
 pub struct Db {
     read: DatabaseConnection,
     write: DatabaseConnection,
-    gathered: [DatabaseConnection; GATHERED as usize],
+    gathered: [DatabaseConnection; KINDS as usize],
 }
 
 impl Db {
@@ -52,17 +55,17 @@ impl Db {
             return Ok(Self { read, gathered: [write.clone(), write.clone()], write });
         }
         let most = config.database.max_connections;
-        if most <= 2 * GATHERED {
+        if most <= 2 * KINDS * GATHERED {
             let pool = Database::connect(postgres_options(config, most)).await?;
             return Ok(Self { read: pool.clone(), gathered: [pool.clone(), pool.clone()], write: pool });
         }
         let alone = || {
-            let mut options = postgres_options(config, 1);
+            let mut options = postgres_options(config, GATHERED);
             options.map_sqlx_postgres_opts(|postgres| postgres.statement_cache_capacity(GATHERED_STATEMENTS));
             Database::connect(options)
         };
         let gathered = [alone().await?, alone().await?];
-        let pool = Database::connect(postgres_options(config, most - GATHERED)).await?;
+        let pool = Database::connect(postgres_options(config, most - KINDS * GATHERED)).await?;
         Ok(Self { read: pool.clone(), gathered, write: pool })
     }
 

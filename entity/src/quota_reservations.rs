@@ -40,7 +40,7 @@ pub struct Model {
     pub input_tokens: i64,
     /// Output that had arrived when last looked at.
     pub output_tokens: i64,
-    /// Whether the request may have reached the provider.
+    /// Whether the request may have reached the provider: always, but for a replica of an older release, which marked it later.
     pub sent: bool,
     /// When it was made.
     pub created_at: DateTimeUtc,

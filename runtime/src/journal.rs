@@ -9,7 +9,8 @@ use crate::spec::Lease;
 /// A run's journal. In the api process it is the database; in a worker apart it is the api over HTTP.
 #[async_trait]
 pub trait Journal: Send + Sync {
-    /// Stores `steps` as the next items, not before `from_sequence`, all or none, and renews the lease. The same again is
+    /// Stores `steps` as the next items, not before `from_sequence`, all or none, and renews the lease once it
+    /// has lost a third. The same again is
     /// stored once.
     /// A [`crate::item::Body::Status`] moves the run's state in the same transaction.
     async fn append(&self, lease: Lease, from_sequence: i64, steps: Vec<Step>) -> Result<(), JournalError>;
@@ -18,9 +19,9 @@ pub trait Journal: Send + Sync {
     async fn progress(&self, lease: Lease, progress: Progress);
 }
 
-/// Steps that are stored together with what comes next: a model call's reservation.
+/// What a run's journal gains.
 #[derive(Clone, Debug)]
-pub struct Deferred {
+pub struct Addition {
     /// As for [`Journal::append`].
     pub from_sequence: i64,
     /// The items.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::item::{InputItem, RunErrorCode, TokenUsage};
-use crate::journal::Deferred;
+use crate::journal::Addition;
 use crate::recorder::TurnRecorder;
 use crate::spec::{HostedTool, Lease, OutputSchema, ReasoningEffort};
 
@@ -36,7 +36,7 @@ pub struct ModelCall {
     /// Its version; none for a draft.
     pub agent_version: Option<i32>,
     /// The outputs that the request answers, to be stored before it is sent. After an error they may not have been.
-    pub first: Option<Deferred>,
+    pub first: Option<Addition>,
     /// What the model is asked.
     pub request: ModelRequest,
     /// Models tried in order, each with the same request, when the one before is unavailable before its first byte.

@@ -31,7 +31,7 @@ use self::state::{Agents, State};
 use self::world::{Halt, World};
 use crate::ids::run_id;
 use crate::item::{Body, InputItem, Item, RunError, RunErrorCode, Step};
-use crate::journal::{Deferred, Journal, JournalError};
+use crate::journal::{Addition, Journal, JournalError};
 use crate::mcp::McpClient;
 use crate::model::Model;
 use crate::spec::{Claim, RunSpec};
@@ -159,7 +159,7 @@ async fn take_up(claim: Claim, ports: &Ports, hand_back: &CancellationToken) -> 
     let Some(mut state) = State::new(agents, root, None, None, history) else {
         let body = Body::failed(RunErrorCode::Internal, "The run's first agent is not part of it.");
         let step = Step { agent_name: String::new(), turn: None, scope: None, body };
-        let end = Deferred { from_sequence: world.next_sequence(), steps: vec![step] };
+        let end = Addition { from_sequence: world.next_sequence(), steps: vec![step] };
         return world.append(&end).await.map_or_else(Outcome::from, |()| Outcome::Ended);
     };
     own.into_iter().for_each(|step| state.fold(step));

@@ -198,6 +198,7 @@ impl Call {
         let first = self.journal.as_mut().and_then(|journal| journal.first.take());
         let mut reserve = Reserve::new(&self.app, &self.origin, ask);
         let mut pause = FIRST_PAUSE;
+        let mut may_stand = false;
         loop {
             let made = tokio::select! {
                 made = reserve.made(&self.app, first.clone()) => made,
@@ -205,10 +206,15 @@ impl Call {
             };
             match made {
                 Ok(reservation) => return Ok(Ok(reservation)),
-                // Others' calls hold what is left: the run waits as if it were used up.
-                Err(Denied::Exhausted | Denied::Busy) => return Ok(Err(Err(ModelError::QuotaExhausted))),
-                Err(Denied::RunLimit) => {
-                    return Ok(Err(failed(RunErrorCode::TokenLimit, "The run's maxTokens are used up.")));
+                Err(denied @ (Denied::Exhausted | Denied::Busy | Denied::RunLimit)) => {
+                    if may_stand {
+                        self.forget(reserve.reservation);
+                    }
+                    return Ok(Err(match denied {
+                        Denied::RunLimit => failed(RunErrorCode::TokenLimit, "The run's maxTokens are used up."),
+                        // Others' calls hold what is left: the run waits as if it were used up.
+                        _ => Err(ModelError::QuotaExhausted),
+                    }));
                 }
                 Err(Denied::LeaseLost) => {
                     self.forget(reserve.reservation);
@@ -216,6 +222,7 @@ impl Call {
                 }
                 Err(Denied::Fault(Error::Unavailable(inside))) => {
                     tracing::warn!(inside, "a reservation waits for the database");
+                    may_stand = true;
                 }
                 Err(Denied::Fault(error)) => {
                     self.forget(reserve.reservation);
@@ -224,6 +231,12 @@ impl Call {
             }
             tokio::time::sleep(pause).await;
             pause = Ord::min(pause * 2, LONGEST_PAUSE);
+            // What may stand of it is soon taken for an orphan, if it isn't yet.
+            if self.app.clock.now() - reserve.reservation.created_at > quota::LIFETIME / 2 {
+                self.forget(reserve.reservation);
+                reserve = Reserve::new(&self.app, &self.origin, ask);
+                may_stand = false;
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 
 use cloister_runtime::ids::run_id;
 use cloister_runtime::item::{Body, InputItem, Item, RunErrorCode, Step};
-use cloister_runtime::journal::{Deferred, Journal};
+use cloister_runtime::journal::{Addition, Journal};
 use cloister_runtime::model::{Model, ModelCall, ModelError, ModelEvent};
 use cloister_runtime::run::transcript;
 use cloister_runtime::spec::{Claim, Lease, RunSpec};
@@ -168,7 +168,7 @@ impl Model for GatewayModel {
             model,
         };
         let first =
-            call.first.map(|Deferred { from_sequence, steps }| Append { lease: call.lease, from_sequence, steps });
+            call.first.map(|Addition { from_sequence, steps }| Append { lease: call.lease, from_sequence, steps });
         let journal = JournalWrite { lease: call.lease, first, recorder: call.recorder };
         gateway::call(&self.app, origin, models.collect(), call.request, Some(journal))
     }

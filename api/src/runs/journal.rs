@@ -58,7 +58,8 @@ pub struct Appended {
     pub moved: bool,
 }
 
-/// Stores what workers ask for, in the caller's transaction, and renews their leases. One that is refused changes
+/// Stores what workers ask for, in the caller's transaction, and renews their leases once they have
+/// lost a third. One that is refused changes
 /// nothing of the others. Returns a verdict for each, and what was stored of each run.
 pub async fn append_all(
     app: &App,
@@ -173,14 +174,10 @@ impl Entry {
         {
             steps.push(Step { body: Body::status(RunStatus::Queued), ..waits });
         }
-        self.add(app, steps, now, Some(self.renewed(now, lease_until)));
+        // It is in an index, which makes a change of it the dearest part of an append.
+        let held = self.run.lease_until.filter(|held| *held > queue::least_lease_from(app, now));
+        self.add(app, steps, now, Some(held.unwrap_or(lease_until)));
         Verdict::Stored
-    }
-
-    /// Until when the lease stands. It stays as it is while most of it is left: it is in an index, which makes a change
-    /// of it the dearest part of an append.
-    fn renewed(&self, now: DateTime<Utc>, lease_until: DateTime<Utc>) -> DateTime<Utc> {
-        self.run.lease_until.filter(|held| *held - now > (lease_until - now) * 2 / 3).unwrap_or(lease_until)
     }
 
     /// Adds steps, and does what they mean for the run's row.

@@ -113,7 +113,7 @@ impl NewRun {
     }
 }
 
-/// Starts a run: all that it needs is frozen, and it waits to be claimed.
+/// Starts a run: all that it needs is frozen, and it is claimed at once or waits to be.
 pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<runs::Model> {
     let variables = check(app, &new)?;
     let tenant_id = viewer.tenant_id();
@@ -286,7 +286,7 @@ async fn go_on(app: &App, tx: DatabaseTransaction, run: runs::Model, mut steps: 
     let mut appended = journal::write(app, &tx, run, steps, app.clock.now()).await?;
     appended.run = queue::enqueue(app, &tx, appended.run).await?;
     let run = appended.run.clone();
-    app.pool.commit_queued(app, tx, std::slice::from_ref(&run)).await?;
+    app.pool.commit_queued(app, tx, std::slice::from_ref(&run), |_| true).await?;
     app.live.items(run.id, appended.items, false);
     Ok(run)
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use cloister_runtime::run::{Outcome, Ports, Stop, run};
 use cloister_runtime::spec::Lease;
 use dashmap::DashMap;
-use entity::runs::{self, Status};
+use entity::runs;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use sea_orm::{DatabaseTransaction, DbErr};
@@ -42,7 +42,7 @@ pub struct Pool {
     active: DashMap<Uuid, (Lease, Stop)>,
     /// By run and nested run.
     answering: DashMap<Uuid, BTreeMap<Option<String>, (Lease, CancellationToken)>>,
-    /// Runs on their way into the queue, of which nobody was told yet.
+    /// Runs that are about to be stored or queued again, of which nobody was told yet.
     entering: DashMap<Uuid, runs::Model>,
 }
 
@@ -123,17 +123,22 @@ impl Pool {
         self.answering.get(&lease.run_id).is_some_and(|calls| calls.values().any(|(held, _)| *held == lease))
     }
 
-    /// Commits what lets runs into the queue, or claims them for this pool at once, and tells that they are queued.
-    /// Whoever claims a run before that tells in our place ([`Pool::tell_queued`]), so that no subscriber hears RUNNING
-    /// before QUEUED.
-    pub async fn commit_queued(&self, app: &App, tx: DatabaseTransaction, runs: &[runs::Model]) -> Result<(), DbErr> {
+    /// Commits what lets runs into the queue, or claims them for this pool at once, and tells that they are queued; those
+    /// that are, are for others to claim. Whoever claims a run before that tells in our place ([`Pool::tell_queued`]), so
+    /// that no subscriber hears RUNNING before QUEUED.
+    pub async fn commit_queued(
+        &self,
+        app: &App,
+        tx: DatabaseTransaction,
+        runs: &[runs::Model],
+        is_queued: impl Fn(&runs::Model) -> bool,
+    ) -> Result<(), DbErr> {
         let _entering: Vec<Entering<'_>> = runs.iter().map(|run| Entering::new(self, run)).collect();
         tx.commit().await?;
         for run in runs {
             self.tell_queued(app, run.id);
         }
-        let queued = runs.iter().filter(|run| run.status == Status::Queued);
-        for pool in queued.map(|run| run.pool.as_str()).collect::<BTreeSet<_>>() {
+        for pool in runs.iter().filter(|run| is_queued(run)).map(|run| run.pool.as_str()).collect::<BTreeSet<_>>() {
             app.wakes.wake(pool);
         }
         Ok(())
@@ -153,7 +158,7 @@ struct Entering<'a>(&'a Pool, Uuid);
 
 impl<'a> Entering<'a> {
     fn new(pool: &'a Pool, run: &runs::Model) -> Self {
-        pool.entering.insert(run.id, queue::before_claim(run));
+        pool.entering.insert(run.id, run.clone());
         Self(pool, run.id)
     }
 }

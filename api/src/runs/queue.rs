@@ -49,7 +49,7 @@ pub async fn enqueue(app: &App, tx: &DatabaseTransaction, run: runs::Model) -> R
     // Locked, so that a suspension or a change of plan comes before or after, and never gets lost.
     let tenant = tenants::Entity::in_tenant(run.tenant_id).lock_shared().one(tx).await?;
     let tenant = tenant.ok_or_else(|| Error::internal("a run of a tenant that is gone"))?;
-    let vtime = places(app, tx, &tenant, 1).await?.into_iter().next();
+    let vtime = next_vtimes(app, tx, &tenant, 1).await?.into_iter().next();
     let mut row = run.into_active_model();
     row.status = Set(Status::Queued);
     row.pool = Set(pool_of(&tenant).into_owned());
@@ -59,7 +59,7 @@ pub async fn enqueue(app: &App, tx: &DatabaseTransaction, run: runs::Model) -> R
 }
 
 /// The next `count` virtual times of a tenant's queue, now taken. The caller's transaction holds the tenant.
-pub async fn places(
+pub async fn next_vtimes(
     app: &App,
     tx: &DatabaseTransaction,
     tenant: &tenants::Model,
@@ -67,15 +67,15 @@ pub async fn places(
 ) -> Result<Vec<f64>, Error> {
     let pool = pool_of(tenant);
     let step = 1.0 / weight(app, tenant)?;
-    let last = match take_places(tx, tenant.id, &pool, step, count).await? {
+    let last = match take_vtimes(tx, tenant.id, &pool, step, count).await? {
         Some(last) => last,
         None => {
             make_queue(app, tx, tenant, &pool).await?;
-            let last = take_places(tx, tenant.id, &pool, step, count).await?;
+            let last = take_vtimes(tx, tenant.id, &pool, step, count).await?;
             last.ok_or_else(|| Error::internal("a tenant's queue is gone"))?
         }
     };
-    Ok(vtimes(last, step, count))
+    Ok(vtimes_up_to(last, step, count))
 }
 
 /// Virtual times of `count` runs of a tenant that are claimed as soon as they are there, as if they had been queued: their
@@ -101,7 +101,7 @@ pub async fn pass(
     let values = [tenant.id.into(), SHARED.into(), step.into(), f64::from(count).into(), running.into()];
     let statement = Statement::from_sql_and_values(tx.get_database_backend(), sql, values);
     let last = LastVtime::find_by_statement(statement).one(tx).await?;
-    Ok(last.map(|LastVtime { last_vtime }| vtimes(last_vtime, step, count)))
+    Ok(last.map(|LastVtime { last_vtime }| vtimes_up_to(last_vtime, step, count)))
 }
 
 /// A run that is about to be stored, as its first claim leaves it.
@@ -112,29 +112,24 @@ pub fn claimed_at_once(app: &App, run: runs::Model, vtime: f64) -> runs::Model {
         vtime: Some(vtime),
         fence: run.fence + 1,
         lease_until: Some(lease_from(app, now)),
-        claimed_at: Some(now),
+        claimed_at: Some(run.created_at),
         started_at: Some(now),
         ..run
     }
 }
 
-/// A new run as it was before its first claim.
-pub fn before_claim(run: &runs::Model) -> runs::Model {
-    match run.status {
-        Status::Running => runs::Model {
-            status: Status::Queued,
-            fence: 0,
-            lease_until: None,
-            claimed_at: None,
-            started_at: None,
-            ..run.clone()
-        },
-        _ => run.clone(),
-    }
+/// Whether that claim is the only one that a run has had: one from the queue is later than the run.
+pub fn was_claimed_at_once(run: &runs::Model) -> bool {
+    run.status == Status::Running && run.fence == 1 && run.claimed_at == Some(run.created_at)
+}
+
+/// A run that was claimed at once, as it would have been queued.
+pub fn before_claim(run: runs::Model) -> runs::Model {
+    runs::Model { status: Status::Queued, fence: 0, lease_until: None, claimed_at: None, started_at: None, ..run }
 }
 
 /// Virtual times up to the last.
-fn vtimes(last: f64, step: f64, count: u32) -> Vec<f64> {
+fn vtimes_up_to(last: f64, step: f64, count: u32) -> Vec<f64> {
     (0..count).rev().map(|before_last| last - step * f64::from(before_last)).collect()
 }
 
@@ -144,7 +139,7 @@ struct LastVtime {
 }
 
 /// The last of the virtual times that were taken; none if the tenant has no queue in the pool.
-async fn take_places(
+async fn take_vtimes(
     tx: &DatabaseTransaction,
     tenant_id: Uuid,
     pool: &str,
@@ -408,6 +403,11 @@ fn claimable(pool: &str) -> sea_orm::Condition {
 /// When a lease that is taken or renewed at `now` lapses.
 pub fn lease_from(app: &App, now: DateTime<Utc>) -> DateTime<Utc> {
     now + TimeDelta::seconds(i64::try_from(app.config.runs.lease_seconds).unwrap_or(30))
+}
+
+/// When a lease of which an append was made at `now` lapses at the earliest: most of it is left, or it is renewed.
+pub fn least_lease_from(app: &App, now: DateTime<Utc>) -> DateTime<Utc> {
+    now + (lease_from(app, now) - now) * 2 / 3
 }
 
 /// Frees the places of runs that workers held and that aren't theirs any more.

@@ -24,7 +24,6 @@ pub struct Record {
 }
 
 /// What became of each.
-#[derive(Default)]
 pub struct Recorded {
     /// None if it does not fit now.
     reservation: Option<quota_reservations::Model>,

@@ -30,13 +30,23 @@ pub struct Start {
     /// The agent that answers first.
     agent_name: String,
     begins_conversation: bool,
-    /// Whether an unfinished run of its conversation goes first.
-    waits: bool,
+    entry: Entry,
+}
+
+/// How a run comes to its worker.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    /// By a claim in the transaction that stores it, where nothing is to be claimed before it; else by the queue.
+    AtOnce,
+    /// By the queue.
+    Queue,
+    /// An unfinished run of its conversation goes first.
+    Waits,
 }
 
 /// What became of it.
 pub enum Started {
-    /// It is stored and queued; subscribers have been told.
+    /// It is stored, and queued or under way; subscribers have been told.
     Run(Box<runs::Model>),
     /// The tenant is no longer active.
     Suspended,
@@ -138,11 +148,12 @@ pub async fn in_conversation(
         }
         OnBusy::Enqueue | OnBusy::Reject | OnBusy::Interrupt => {}
     }
-    let waits = is_busy && new.on_busy == OnBusy::Enqueue;
+    // Its caller may leave before the commit: nobody else would begin a run that is claimed already.
+    let entry = if is_busy && new.on_busy == OnBusy::Enqueue { Entry::Waits } else { Entry::Queue };
     // The id is made while the conversation is locked: its runs are ordered by their ids.
     let start = Start::new(app, viewer, new, frozen, fingerprint, Some(conversation_id))?;
     let tenants = HashMap::from([(tenant_id, tenant)]);
-    let begun = insert(app, &tx, &tenants, vec![Start { waits, ..start }]).await?;
+    let begun = insert(app, &tx, &tenants, vec![Start { entry, ..start }]).await?;
     let run = begun.commit(app, tx).await?.pop().ok_or(Refusal::Error(Error::Conflict))?;
     for appended in cancelled {
         app.pool.abandon(appended.run.id, appended.run.fence);
@@ -203,7 +214,7 @@ impl Start {
             paused_at: None,
             history_limit: new.history_limit,
         };
-        Ok(Self { run, agent_name, begins_conversation: false, waits: false })
+        Ok(Self { run, agent_name, begins_conversation: false, entry: Entry::AtOnce })
     }
 
     /// The conversation that begins with the run.
@@ -229,8 +240,12 @@ struct Begun {
 impl Begun {
     /// Commits, tells of the runs, and begins those that are claimed. Returns them as they were before that.
     async fn commit(mut self, app: &App, tx: DatabaseTransaction) -> Result<Vec<runs::Model>, Error> {
-        app.pool.commit_queued(app, tx, &self.runs).await?;
-        let told = self.runs.iter().map(queue::before_claim).collect();
+        let before = |run: &runs::Model| match self.places.contains_key(&run.id) {
+            true => queue::before_claim(run.clone()),
+            false => run.clone(),
+        };
+        let told: Vec<runs::Model> = self.runs.iter().map(before).collect();
+        app.pool.commit_queued(app, tx, &told, |run| !self.places.contains_key(&run.id)).await?;
         for run in self.runs {
             if let Some(place) = self.places.remove(&run.id) {
                 pool::begin(app, run, place);
@@ -282,9 +297,8 @@ async fn insert(
     let inputs: Vec<Item> = starts.iter().map(input).collect();
     journal::insert_items(tx, starts.iter().map(|start| &start.run).zip(inputs.chunks(1))).await?;
     let runs: Vec<runs::Model> = starts.into_iter().map(|start| start.run).chain(stored).collect();
-    // One stored before is still ours, unless it has been claimed anew.
-    let is_ours = |run: &runs::Model| run.status == Status::Running && run.fence == 1;
-    places.retain(|id, _| runs.iter().any(|run| run.id == *id && is_ours(run)));
+    // One stored before is ours if it was claimed then, and by nobody since. If no answer ever comes, its lease lapses.
+    places.retain(|id, _| runs.iter().any(|run| run.id == *id && queue::was_claimed_at_once(run)));
     Ok(Begun { runs, places })
 }
 
@@ -296,22 +310,23 @@ async fn enter(
     starts: Vec<&mut Start>,
 ) -> Result<HashMap<Uuid, Place>, Error> {
     let mut claimed = HashMap::new();
-    let count = starts.iter().filter(|start| !start.waits).count();
+    let count = starts.iter().filter(|start| start.entry != Entry::Waits).count();
     let pool = queue::pool_of(tenant);
-    let places = if pool == queue::SHARED { app.pool.take_places(app, count) } else { None };
+    let at_once = pool == queue::SHARED && starts.iter().all(|start| start.entry == Entry::AtOnce);
+    let places = if at_once { app.pool.take_places(app, count) } else { None };
     let mut places = places.filter(|places| places.num_permits() == count);
     let count = u32::try_from(count).unwrap_or(u32::MAX);
     let passed = if places.is_some() { queue::pass(app, tx, tenant, count).await? } else { None };
     let is_passed = passed.is_some();
     let vtimes = match passed {
         Some(vtimes) => vtimes,
-        None if count > 0 => queue::places(app, tx, tenant, count).await?,
+        None if count > 0 => queue::next_vtimes(app, tx, tenant, count).await?,
         None => Vec::new(),
     };
-    let mut vtimes = vtimes.into_iter();
+    let mut vtimes = vtimes.into_iter().peekable();
     for start in starts {
         start.run.pool = pool.to_string();
-        let Some(vtime) = (if start.waits { None } else { vtimes.next() }) else { continue };
+        let Some(vtime) = vtimes.next_if(|_| start.entry != Entry::Waits) else { continue };
         start.run.vtime = Some(vtime);
         if is_passed && let Some(place) = places.as_mut().and_then(|places| places.split(1)) {
             start.run = queue::claimed_at_once(app, start.run.clone(), vtime);

@@ -115,7 +115,8 @@ pub async fn append(app: &App, caller: &Caller, request: AppendRequest) -> Resul
         let stored = items_after(app, &run, from_seq - 1, count).await?;
         let stored: Vec<&Step> = stored.iter().map(|item| &item.step).collect();
         if stored.windows(steps.len()).any(|window| window.iter().copied().eq(&steps)) {
-            return Ok(standing(app, caller, &run.pool));
+            let lease_until = run.lease_until.unwrap_or_else(|| app.clock.now());
+            return Ok(Standing { lease_until, ..standing(app, caller, &run.pool) });
         }
         if !others {
             return Err(wrong_sequence(&run));
@@ -126,7 +127,12 @@ pub async fn append(app: &App, caller: &Caller, request: AppendRequest) -> Resul
     }
     checks::steps(app, &run, &spec, &steps).await?;
     match DatabaseJournal(app.clone()).append(lease, from_seq, steps).await {
-        Ok(()) => Ok(standing(app, caller, &run.pool)),
+        Ok(()) => {
+            // An append leaves a lease as it is while most of it is left.
+            let least = queue::least_lease_from(app, app.clock.now());
+            let lease_until = run.lease_until.map_or(least, |held| Ord::max(held, least));
+            Ok(Standing { lease_until, ..standing(app, caller, &run.pool) })
+        }
         Err(JournalError::LeaseLost) => Err(Refused::lease_lost()),
         Err(JournalError::Unavailable(_)) => {
             Err(Refused::new(RefusalCode::Unavailable, "The journal can't be written now. Try again."))

@@ -97,13 +97,6 @@ impl Moves {
         *add_reserved += reserved;
     }
 
-    /// Those of another, too.
-    pub fn merge(&mut self, other: Self) {
-        for (counter, (used, reserved)) in other.0 {
-            self.add_to(counter, used, reserved);
-        }
-    }
-
     /// Moves them, in the caller's transaction.
     pub async fn apply(self, app: &App, tx: &DatabaseTransaction) -> Result<(), Error> {
         Counters::lock(app, tx, self, std::iter::empty()).await?.store(tx).await

@@ -51,11 +51,12 @@ pub async fn settle(tx: &DatabaseTransaction, settlements: &[&Settlement]) -> Re
     for (key, totals) in totals {
         add_to_totals(tx, key, totals).await?;
     }
-    let deleted = quota::delete(tx, new_ids.iter().copied()).await?;
+    let deleted = quota::delete(tx, settlements.iter().map(|settlement| settlement.reservation.call_id)).await?;
     let mut moves = Moves::default();
-    for Settlement { reservation, usage } in new() {
+    for Settlement { reservation, usage } in settlements {
         if let Some(tokens) = deleted.get(&reservation.call_id) {
-            moves.add(reservation, usage.total_tokens(), -tokens);
+            let used = if new_ids.contains(&reservation.call_id) { usage.total_tokens() } else { 0 };
+            moves.add(reservation, used, -tokens);
         }
     }
     for settlement in settlements {

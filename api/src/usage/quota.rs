@@ -144,10 +144,11 @@ impl Reserve {
     }
 
     /// Waits, bounded, while only others' reservations are in the way; asks for less output when a limit leaves too
-    /// little. `append` is stored with it, whether or not there is room.
+    /// little. `append` is stored with it, whether or not there is room; not where the run's own limit is too low at all.
     ///
     /// # Errors
-    /// Nothing was reserved; after [`Denied::Fault`] it may have been: ask again, or [`release`] it.
+    /// Nothing was reserved; after [`Denied::Fault`] and [`Denied::LeaseLost`] it may have been: ask again,
+    /// or [`release`] it.
     pub async fn made(&mut self, app: &App, mut append: Option<Append>) -> Result<quota_reservations::Model, Denied> {
         // However little the run has used.
         if self.run_limit.is_some_and(|limit| self.reservation.tokens > limit && !self.leaves_output(limit)) {

