@@ -100,7 +100,8 @@ async fn a_tenants_pod_reaches_what_it_needs_and_nothing_else() {
     .into();
     let urls = [platform.model.url(), services.postgres.url().to_string(), services.redis.url()];
     refused.extend(urls.iter().map(|url| on_the_host(url).expect("an address")));
-    assert_eq!(outside.reached(&refused).await, refused, "not all of them are there to be refused");
+    // So many at once may be too many for a busy machine: each is there in the end.
+    eventually("all of them are there to be refused", async || outside.reached(&refused).await == refused).await;
     assert_eq!(own.reached(&refused).await, Vec::<String>::new(), "reached by a tenant's pod");
 
     // ── Nothing comes in, though the kubelet's probes say that somebody listens ──
@@ -115,8 +116,9 @@ async fn a_tenants_pod_reaches_what_it_needs_and_nothing_else() {
     // ── What a Tenant opens, that and no more, and nothing before ──
     let opened = ["198.51.100.20:80", "10.99.0.7:443"].map(str::to_owned);
     let beside = ["198.51.100.20:6443", "198.51.100.21:80", "10.99.0.7:80", "10.99.0.8:443"].map(str::to_owned);
-    assert_eq!(outside.reached(&[&opened[..], &beside[..]].concat()).await.len(), 6);
-    assert_eq!(own.reached(&[&opened[..], &beside[..]].concat()).await, Vec::<String>::new());
+    let both = [&opened[..], &beside[..]].concat();
+    eventually("those are there too", async || outside.reached(&both).await == both).await;
+    assert_eq!(own.reached(&both).await, Vec::<String>::new());
     let egress = json!([{"cidr": "198.51.100.20/32", "ports": [80]}, {"cidr": "10.99.0.7/32", "ports": [443]}]);
     platform.apply_tenant(ACME, json!({"network": {"allowedEgress": egress}})).await;
     // The worker is told of the hosts, and so is another pod.
