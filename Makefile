@@ -28,6 +28,7 @@ demo-kubernetes:
 test: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --test cluster -- -D warnings
 	cargo build --workspace
 	cargo test --workspace
 	@if scripts/cluster able; then $(MAKE) test-cluster; fi

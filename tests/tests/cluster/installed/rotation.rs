@@ -7,6 +7,7 @@ use super::platform::{BREAK_GLASS, NAME, PODS, Platform, eventually};
 
 const ACME: &str = "rotation-acme";
 
+#[expect(clippy::disallowed_methods, reason = "there is no App here")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_token_reaches_the_workers_without_a_restart() {
     let platform = Platform::shared().await;

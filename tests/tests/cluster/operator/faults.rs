@@ -160,7 +160,7 @@ async fn the_operator_dies_at_each_write(part: Part) {
     let platform = platform().await;
     let mut operator = platform.alone().await;
     let (writes, expected) = undisturbed(platform, part).await;
-    for at in 0..writes.len() {
+    for (at, write) in writes.iter().enumerate() {
         for fault in [Fault::Held, Fault::AnswerHeld] {
             let name = name("death");
             part.prepare(platform, &name).await;
@@ -169,7 +169,7 @@ async fn the_operator_dies_at_each_write(part: Part) {
             strikes(&watched).await;
             operator.restart().await;
             let outcome = part.outcome(platform, &name).await;
-            assert_eq!(outcome, expected, "{part:?}: dead at {at}, {fault:?}, {}", writes[at]);
+            assert_eq!(outcome, expected, "{part:?}: dead at {at}, {fault:?}, {write}");
             if part != Part::End {
                 platform.delete(&tenant_path(&name)).await;
             }
