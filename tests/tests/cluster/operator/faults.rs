@@ -92,9 +92,9 @@ async fn settled(platform: &Platform, name: &str) {
     until("nothing is written any more", quiet, Vec::is_empty).await;
 }
 
-/// Waits until a fault strikes. The last writes are statuses, of which there may be one fewer this time: then it doesn't.
+/// Waits until a fault strikes. The last writes are statuses, of which there may be fewer this time: then it doesn't.
 async fn strikes(watched: &Watched) {
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(30), watched.struck()).await;
+    let _ = tokio::time::timeout(std::time::Duration::from_secs(10), watched.struck()).await;
 }
 
 /// How many tenants the api has by an email, and whether they are served.
