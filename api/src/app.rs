@@ -9,7 +9,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::agents::graph::Closures;
+use crate::agents::graph::{self, Closures};
 use crate::batch::Batch;
 use crate::billing::plans::{self, Plans};
 use crate::bus::Bus;
@@ -31,6 +31,7 @@ use crate::runs::{self, live::Live};
 use crate::secrets::Vault;
 use crate::tenants::changes::Changes;
 use crate::usage::quota::Releases;
+use crate::usage::report;
 
 /// Closures of published agents kept at hand.
 const CLOSURES: usize = 10_000;
@@ -89,13 +90,15 @@ pub struct Parts {
     pub stopping: CancellationToken,
 }
 
-/// Where writes gather, by kind.
+/// Where work for the database gathers, by kind.
 #[derive(Default)]
 pub struct Batches {
-    /// Runs that start.
-    pub start: Batch<runs::start::Start>,
-    /// What is written down while runs execute.
+    /// What is written down of runs.
     pub record: Batch<runs::record::Record>,
+    /// Agents whose published version is asked for.
+    pub published: Batch<graph::Published>,
+    /// Runs whose usage is asked for.
+    pub used_by: Batch<report::UsedBy>,
 }
 
 impl Deref for App {

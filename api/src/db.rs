@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use log::LevelFilter;
 use migration::{Migrator, MigratorTrait};
+use sea_orm::sea_query::Expr;
+use sea_orm::sea_query::postgres_array::NotU8;
 use sea_orm::sqlx::Connection;
 use sea_orm::sqlx::sqlite::{SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
-    ConnectOptions, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, SqliteTransactionMode,
-    TransactionOptions, TransactionTrait,
+    ColumnTrait, ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
+    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait, Value,
 };
 
 use crate::config::{Config, Synchronous};
@@ -18,20 +20,12 @@ use crate::config::{Config, Synchronous};
 /// The level of statements in the log (target `sqlx::query`), which has their text and never their values.
 const STATEMENTS: LevelFilter = LevelFilter::Debug;
 
-/// What gathers, and is written one transaction after the other.
-#[derive(Clone, Copy, Debug)]
-pub enum Gathered {
-    /// Runs that start.
-    Starts,
-    /// What is written down while runs execute.
-    Records,
-}
-
-/// Kinds of [`Gathered`].
-const KINDS: u32 = 2;
-
-/// Connections of a kind. One does: the others are for when it stands still.
+/// Connections for what gathers. One does: the others are for when it stands still.
 const GATHERED: u32 = 3;
+
+/// Pages of SQLite's log at which a commit itself moves them into the file, and waits for the disk: [`Db::tidy`] does so
+/// long before, unless it can't keep up.
+const LONG_LOG: &str = "8192";
 
 /// Statements that a connection for gathered writes keeps prepared: a statement's text depends on how much it gathered.
 const GATHERED_STATEMENTS: usize = 512;
@@ -42,7 +36,7 @@ const GATHERED_STATEMENTS: usize = 512;
 pub struct Db {
     read: DatabaseConnection,
     write: DatabaseConnection,
-    gathered: [DatabaseConnection; KINDS as usize],
+    gathered: DatabaseConnection,
 }
 
 impl Db {
@@ -52,20 +46,17 @@ impl Db {
             make_folder(path).map_err(DbErr::Custom)?;
             let write = Database::connect(sqlite_options(config, 1)).await?;
             let read = Database::connect(sqlite_options(config, config.database.max_connections)).await?;
-            return Ok(Self { read, gathered: [write.clone(), write.clone()], write });
+            return Ok(Self { read, gathered: write.clone(), write });
         }
         let most = config.database.max_connections;
-        if most <= 2 * KINDS * GATHERED {
+        if most <= 2 * GATHERED {
             let pool = Database::connect(postgres_options(config, most)).await?;
-            return Ok(Self { read: pool.clone(), gathered: [pool.clone(), pool.clone()], write: pool });
+            return Ok(Self { read: pool.clone(), gathered: pool.clone(), write: pool });
         }
-        let alone = || {
-            let mut options = postgres_options(config, GATHERED);
-            options.map_sqlx_postgres_opts(|postgres| postgres.statement_cache_capacity(GATHERED_STATEMENTS));
-            Database::connect(options)
-        };
-        let gathered = [alone().await?, alone().await?];
-        let pool = Database::connect(postgres_options(config, most - KINDS * GATHERED)).await?;
+        let mut alone = postgres_options(config, GATHERED);
+        alone.map_sqlx_postgres_opts(|postgres| postgres.statement_cache_capacity(GATHERED_STATEMENTS));
+        let gathered = Database::connect(alone).await?;
+        let pool = Database::connect(postgres_options(config, most - GATHERED)).await?;
         Ok(Self { read: pool.clone(), gathered, write: pool })
     }
 
@@ -85,13 +76,15 @@ impl Db {
     }
 
     /// As [`Db::begin`], for what gathers.
-    pub async fn begin_gathered(&self, kind: Gathered) -> Result<DatabaseTransaction, DbErr> {
-        let [starts, records] = &self.gathered;
-        begin(match kind {
-            Gathered::Starts => starts,
-            Gathered::Records => records,
-        })
-        .await
+    pub async fn begin_gathered(&self) -> Result<DatabaseTransaction, DbErr> {
+        begin(&self.gathered).await
+    }
+
+    /// Moves what is committed from SQLite's log into the file, beside the writer, which would otherwise do so in the
+    /// middle of its work.
+    pub async fn tidy(&self) -> Result<(), DbErr> {
+        self.read.query_one_raw(Statement::from_string(DbBackend::Sqlite, "PRAGMA wal_checkpoint(PASSIVE)")).await?;
+        Ok(())
     }
 
     /// Whether this is SQLite, and so the only process on this database.
@@ -114,6 +107,30 @@ impl Db {
 async fn begin(connection: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
     let sqlite_transaction_mode = Some(SqliteTransactionMode::Immediate);
     connection.begin_with_options(TransactionOptions { sqlite_transaction_mode, ..Default::default() }).await
+}
+
+/// Whether a column is one of these. On PostgreSQL they are one parameter, so that a statement's text, which is what it
+/// is prepared by, doesn't depend on how many they are.
+pub fn is_any<V>(db: &impl ConnectionTrait, column: impl ColumnTrait, values: impl IntoIterator<Item = V>) -> Expr
+where
+    V: Into<Value> + NotU8,
+{
+    match db.get_database_backend() {
+        DbBackend::Postgres => column.eq_any(values),
+        _ => column.is_in(values),
+    }
+}
+
+/// Rows for a statement that bears rows that come twice: on PostgreSQL the last one is repeated, so that statements come
+/// in few sizes and are soon all prepared.
+pub fn padded<T: Clone>(db: &impl ConnectionTrait, mut rows: Vec<T>) -> Vec<T> {
+    if let (DbBackend::Postgres, Some(last)) = (db.get_database_backend(), rows.last().cloned()) {
+        // Each power of two, and one between it and the next.
+        let most = rows.len().next_power_of_two();
+        let size = if rows.len() <= most / 4 * 3 { most / 4 * 3 } else { most };
+        rows.resize(size, last);
+    }
+    rows
 }
 
 /// `VALUES ($1, $2), ($3, $4), …`: as a table, its columns are `column1`, `column2`, … on both databases.
@@ -162,6 +179,7 @@ fn sqlite_options(config: &Config, connections: u32) -> ConnectOptions {
                 .statement_cache_capacity(GATHERED_STATEMENTS)
                 .journal_mode(SqliteJournalMode::Wal)
                 .synchronous(synchronous)
+                .pragma("wal_autocheckpoint", LONG_LOG)
                 .foreign_keys(true)
                 .busy_timeout(Duration::from_secs(10))
         })

@@ -171,7 +171,11 @@ fn background(app: &App) -> JoinSet<()> {
     tasks.spawn(bus::link::keep(app.clone()));
     tasks.spawn(authority::watch(app.clone()));
     tasks.spawn(owed::keep(app.clone()));
-    if !app.db.is_embedded() {
+    if app.db.is_embedded() {
+        every(&mut tasks, app, Duration::from_millis(250), "moving SQLite's log into its file", |app| async move {
+            Ok(app.db.tidy().await?)
+        });
+    } else {
         tasks.spawn(changes::poll(app.clone()));
         every(&mut tasks, app, Duration::from_secs(1), "following other replicas' runs", |app| async move {
             live::follow_journals(&app).await

@@ -27,14 +27,15 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::flow::{End, Flow, Place};
-use self::state::{Agents, State};
+use self::state::State;
+use self::toolbox::Toolbox;
 use self::world::{Halt, World};
 use crate::ids::run_id;
 use crate::item::{Body, InputItem, Item, RunError, RunErrorCode, Step};
 use crate::journal::{Addition, Journal, JournalError};
 use crate::mcp::McpClient;
-use crate::model::Model;
-use crate::spec::{Claim, RunSpec};
+use crate::model::{Model, ModelRequest};
+use crate::spec::{Claim, GuardrailStage, RunSpec, Tool};
 use crate::webhook::WebhookClient;
 
 /// All that a run reaches of the world.
@@ -89,6 +90,21 @@ pub async fn run(claim: Claim, ports: &Ports, stop: &Stop) -> Outcome {
     }
 }
 
+/// What a run without a history asks its model first, where that is certain before it begins: no server has its tools
+/// listed, and no guardrail looks at the input.
+pub fn first_request(spec: &RunSpec) -> Option<ModelRequest> {
+    let agents = spec.agents.clone();
+    let root = agents.get(&spec.root)?.clone();
+    let looks_at_input = root.guardrails.iter().any(|guardrail| guardrail.stage == GuardrailStage::Input);
+    if looks_at_input || root.tools.iter().any(|tool| matches!(tool, Tool::Mcp(_))) {
+        return None;
+    }
+    let toolbox = Toolbox::new(&root, &agents, Vec::new()).ok()?;
+    let input = InputItem::User { text: spec.input.clone() };
+    let state = State::new(agents, spec.root, None, None, vec![input])?;
+    Some(request::build(&state, &toolbox))
+}
+
 /// What a later run of the conversation is shown of a run that has ended: its input and its turns, each for itself.
 pub fn transcript(spec: &RunSpec, items: Vec<Item>) -> Vec<Vec<InputItem>> {
     let own = items.into_iter().map(|item| item.step).filter(|step| step.scope.is_none());
@@ -140,20 +156,16 @@ fn is_alive(scope: Option<&str>, answered: &HashSet<(Option<&str>, &str)>) -> bo
 
 /// Where a scope stands that began with an agent, from its items.
 fn rebuilt(spec: &RunSpec, first: Uuid, steps: impl Iterator<Item = Step>) -> Option<State> {
-    let mut state = State::new(agents(spec), first, None, None, Vec::new())?;
+    let mut state = State::new(spec.agents.clone(), first, None, None, Vec::new())?;
     steps.for_each(|step| state.fold(step));
     Some(state)
-}
-
-fn agents(spec: &RunSpec) -> Arc<Agents> {
-    Arc::new(spec.agents.iter().map(|(id, agent)| (*id, Arc::new(agent.clone()))).collect())
 }
 
 async fn take_up(claim: Claim, ports: &Ports, hand_back: &CancellationToken) -> Outcome {
     let Claim { lease, spec, history, items, time_left_ms, webhook_secrets } = claim;
     let deadline = Instant::now() + Duration::from_millis(time_left_ms);
     let stored = items.into_iter().map(|item| item.step).collect();
-    let (root, agents) = (spec.root, agents(&spec));
+    let RunSpec { root, agents, .. } = spec;
     let (world, own) =
         World::new(lease, agents.clone(), ports.clone(), webhook_secrets, hand_back.clone(), deadline, stored);
     let Some(mut state) = State::new(agents, root, None, None, history) else {

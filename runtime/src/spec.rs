@@ -1,12 +1,16 @@
 //! What a run is given: everything the loop needs, frozen when the run was started.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
 use crate::item::{InputItem, Item};
+
+/// Agents by their ids. They never change, so runs share them.
+pub type Agents = BTreeMap<Uuid, Arc<AgentSpec>>;
 
 /// A run as `startRun` froze it: the closure of agents it may reach, and its input.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,7 +20,7 @@ pub struct RunSpec {
     /// The agent that answers first.
     pub root: Uuid,
     /// Every agent that handoffs, agent tools and guardrails can lead to, `root` included.
-    pub agents: BTreeMap<Uuid, AgentSpec>,
+    pub agents: Arc<Agents>,
     /// The user's text.
     pub input: String,
 }
@@ -198,6 +202,15 @@ impl Tool {
             Tool::Agent(tool) => tool.needs_approval,
             Tool::Mcp(server) => server.needs_approval,
             Tool::Hosted(_) => false,
+        }
+    }
+
+    /// Its bearer token.
+    pub fn token(&self) -> Option<&str> {
+        match self {
+            Tool::Webhook(tool) => tool.token.as_deref(),
+            Tool::Mcp(server) => server.token.as_deref(),
+            Tool::Agent(_) | Tool::Hosted(_) => None,
         }
     }
 

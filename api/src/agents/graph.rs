@@ -13,7 +13,7 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
-pub use self::frozen::{Closures, Frozen, freeze, open_tokens};
+pub use self::frozen::{Closures, Frozen, Published, freeze, open_tokens};
 use super::definition::{Definition, HandoffDraft};
 use crate::app::App;
 use crate::error::{Error, Outcome, UserError, UserErrorCode};

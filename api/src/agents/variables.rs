@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use cloister_runtime::spec::AgentSpec;
+use cloister_runtime::spec::Agents;
 use serde_json::Value;
 use uuid::Uuid;
 
@@ -121,7 +121,7 @@ impl Variables {
 
     /// The agents that a run can reach, their instructions filled in. Refused, all at once: values that are missing,
     /// and values for no variable.
-    pub fn fill(&self, agents: Arc<BTreeMap<Uuid, AgentSpec>>) -> Outcome<Arc<BTreeMap<Uuid, AgentSpec>>> {
+    pub fn fill(&self, agents: Arc<Agents>) -> Outcome<Arc<Agents>> {
         if self.is_empty() && !agents.values().any(|agent| agent.instructions.contains(OPEN)) {
             return Ok(agents);
         }
@@ -146,7 +146,7 @@ impl Variables {
                     Piece::Text(text) => text.to_owned(),
                     Piece::Variable(name) => self.0.get(name).cloned().unwrap_or_default(),
                 };
-                agent.instructions = template.iter().map(text).collect();
+                Arc::make_mut(agent).instructions = template.iter().map(text).collect();
             }
         }
         Ok(Arc::new(filled))

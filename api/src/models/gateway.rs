@@ -52,25 +52,58 @@ const BUFFER: usize = 64;
 pub struct JournalWrite {
     /// The right to write.
     pub lease: Lease,
+    /// Whether the run is in a conversation.
+    pub in_conversation: bool,
     /// What is stored before the call, together with its reservation.
     pub first: Option<Append>,
     /// Turns the response into items.
     pub recorder: TurnRecorder,
 }
 
-/// Makes a call to the origin's model, or to the first of `fallbacks` that is there. The stream ends with
-/// [`ModelEvent::Done`] or an error.
+/// Makes a call to the origin's model, or to the first of `fallbacks` that is there. What was `reserved` for it is used
+/// if it is what would be asked for ([`first_ask`]). The stream ends with [`ModelEvent::Done`] or an error.
 pub fn call(
     app: &App,
     origin: CallOrigin,
     fallbacks: Vec<Arc<CatalogModel>>,
     request: ModelRequest,
     journal: Option<JournalWrite>,
+    reserved: Option<quota_reservations::Model>,
 ) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
     let (events, receiver) = mpsc::channel(BUFFER);
-    let call = Call { app: app.clone(), origin, attempt: 0, request, journal, events };
+    let call = Call { app: app.clone(), origin, attempt: 0, request, journal, reserved, events };
     app.tasks.spawn(call.run(fallbacks));
     ReceiverStream::new(receiver).boxed()
+}
+
+/// What the first attempt at a model asks to hold.
+pub fn first_ask(model: &CatalogModel, request: &ModelRequest) -> Ask {
+    Ask { attempt: 1, input_tokens: tokens::count_request(request), max_output: most_output(model, request) }
+}
+
+/// Output tokens that a model may give: what is asked for, and no more than it can.
+fn most_output(model: &CatalogModel, request: &ModelRequest) -> i64 {
+    Ord::min(wanted_output(request), i64::from(model.model.max_output_tokens))
+}
+
+fn wanted_output(request: &ModelRequest) -> i64 {
+    request.max_output_tokens.map_or(DEFAULT_MAX_OUTPUT, i64::from)
+}
+
+/// Gives back what may have been reserved for a call that isn't made. A commit that is on its way while nobody waits
+/// for it any more may be later than we are: so once more, when it would have been taken for an orphan.
+pub fn forget(app: &App, reservation: quota_reservations::Model) {
+    let app = app.clone();
+    app.clone().tasks.spawn(async move {
+        let release = || insist("giving back a reservation", || quota::release(&app, &reservation));
+        if let Ok(false) = release().await {
+            tokio::select! {
+                () = tokio::time::sleep(FORGOTTEN) => {}
+                () = app.stopping.cancelled() => {}
+            }
+            let _ = release().await;
+        }
+    });
 }
 
 struct Call {
@@ -81,6 +114,8 @@ struct Call {
     attempt: i32,
     request: ModelRequest,
     journal: Option<JournalWrite>,
+    /// For the first attempt.
+    reserved: Option<quota_reservations::Model>,
     events: mpsc::Sender<Result<ModelEvent, ModelError>>,
 }
 
@@ -112,6 +147,9 @@ impl Call {
                 failed(RunErrorCode::Internal, error.to_string())
             }
         };
+        if let Some(unused) = self.reserved.take() {
+            forget(&self.app, unused);
+        }
         // The receiver may be gone; what had to be stored is stored.
         let _ = events.send(last).await;
     }
@@ -121,7 +159,9 @@ impl Call {
         &mut self,
         fallbacks: Vec<Arc<CatalogModel>>,
     ) -> Result<Result<ModelEvent, ModelError>, Error> {
-        let input_tokens = tokens::count_request(&self.request);
+        // What was reserved for was counted for it.
+        let counted = self.reserved.as_ref().map(|reserved| reserved.input_tokens);
+        let input_tokens = counted.unwrap_or_else(|| tokens::count_request(&self.request));
         let mut fallbacks = fallbacks.into_iter();
         let mut reasons = Vec::new();
         loop {
@@ -151,9 +191,7 @@ impl Call {
             let message = format!("The provider {name:?} of the model {:?} is not configured.", model.model.name);
             return Ok(Asked::Unavailable(message));
         };
-        let ceiling = i64::from(model.model.max_output_tokens);
-        let wanted = self.request.max_output_tokens.map_or(DEFAULT_MAX_OUTPUT, i64::from);
-        let max_output = wanted.min(ceiling);
+        let (wanted, max_output) = (wanted_output(&self.request), most_output(&model, &self.request));
         let mut backoff = ExponentialBuilder::default()
             .with_jitter()
             .with_min_delay(Duration::from_millis(250))
@@ -197,6 +235,12 @@ impl Call {
     ) -> Result<Result<quota_reservations::Model, Result<ModelEvent, ModelError>>, Error> {
         let first = self.journal.as_mut().and_then(|journal| journal.first.take());
         let mut reserve = Reserve::new(&self.app, &self.origin, ask);
+        if let Some(reserved) = self.reserved.take() {
+            if first.is_none() && reserve.is_made_by(&reserved) {
+                return Ok(Ok(reserved));
+            }
+            forget(&self.app, reserved);
+        }
         let mut pause = FIRST_PAUSE;
         let mut may_stand = false;
         loop {
@@ -208,7 +252,7 @@ impl Call {
                 Ok(reservation) => return Ok(Ok(reservation)),
                 Err(denied @ (Denied::Exhausted | Denied::Busy | Denied::RunLimit)) => {
                     if may_stand {
-                        self.forget(reserve.reservation);
+                        forget(&self.app, reserve.reservation);
                     }
                     return Ok(Err(match denied {
                         Denied::RunLimit => failed(RunErrorCode::TokenLimit, "The run's maxTokens are used up."),
@@ -217,7 +261,7 @@ impl Call {
                     }));
                 }
                 Err(Denied::LeaseLost) => {
-                    self.forget(reserve.reservation);
+                    forget(&self.app, reserve.reservation);
                     return Ok(Err(Err(ModelError::LeaseLost)));
                 }
                 Err(Denied::Fault(Error::Unavailable(inside))) => {
@@ -225,7 +269,7 @@ impl Call {
                     may_stand = true;
                 }
                 Err(Denied::Fault(error)) => {
-                    self.forget(reserve.reservation);
+                    forget(&self.app, reserve.reservation);
                     return Err(error);
                 }
             }
@@ -233,27 +277,11 @@ impl Call {
             pause = Ord::min(pause * 2, LONGEST_PAUSE);
             // What may stand of it is soon taken for an orphan, if it isn't yet.
             if self.app.clock.now() - reserve.reservation.created_at > quota::LIFETIME / 2 {
-                self.forget(reserve.reservation);
+                forget(&self.app, reserve.reservation);
                 reserve = Reserve::new(&self.app, &self.origin, ask);
                 may_stand = false;
             }
         }
-    }
-
-    /// Gives back what may have been reserved for a call that isn't made. A commit that is on its way while nobody waits
-    /// for it any more may be later than we are: so once more, when it would have been taken for an orphan.
-    fn forget(&self, reservation: quota_reservations::Model) {
-        let app = self.app.clone();
-        self.app.tasks.spawn(async move {
-            let release = || insist("giving back a reservation", || quota::release(&app, &reservation));
-            if let Ok(false) = release().await {
-                tokio::select! {
-                    () = tokio::time::sleep(FORGOTTEN) => {}
-                    () = app.stopping.cancelled() => {}
-                }
-                let _ = release().await;
-            }
-        });
     }
 
     /// One attempt: from its reservation to its settlement or release.
@@ -411,6 +439,7 @@ impl Call {
         usage.cost_nano_usd = catalog::cost(&self.origin.model.price, &usage);
         let append = self.journal.as_ref().zip(response).map(|(journal, response)| Append {
             lease: journal.lease,
+            in_conversation: journal.in_conversation,
             from_sequence: journal.recorder.from_sequence,
             steps: journal.recorder.steps(response),
         });
@@ -440,8 +469,8 @@ impl Call {
 
     /// Awaits the head of an answer, which may take longer than a reservation stands by itself.
     async fn while_open<T>(&self, reservation: &quota_reservations::Model, future: impl Future<Output = T>) -> T {
-        let mut extend = tokio::time::interval(CHECKPOINT * 10);
-        extend.tick().await;
+        // From then on: an interval's tick at once would take as long as the timer's step, a millisecond.
+        let mut extend = tokio::time::interval_at(Instant::now() + CHECKPOINT * 10, CHECKPOINT * 10);
         tokio::pin!(future);
         loop {
             tokio::select! {

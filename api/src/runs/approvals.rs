@@ -156,7 +156,7 @@ async fn expire_one(app: &App, tenant_id: Uuid, id: Uuid) -> Outcome<()> {
     }
     let items = items_in(&tx, &run).await?;
     let mut steps = open_calls(&items, "Nobody decided about this call in time.");
-    let agent_name = super::run_agent_name(&run)?;
+    let agent_name = super::run_agent_name(&run);
     let body = Body::failed(RunErrorCode::Timeout, "Nobody decided in time about a call that needs approval.");
     steps.push(Step { agent_name, turn: None, scope: None, body });
     let appended = journal::write(app, &tx, run, steps, now).await?;

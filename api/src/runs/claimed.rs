@@ -1,14 +1,17 @@
 //! What is done with a claimed run, whichever worker executes it: one of this process's pool, or one apart.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use cloister_runtime::ids::run_id;
 use cloister_runtime::item::{Body, InputItem, Item, RunErrorCode, Step};
 use cloister_runtime::journal::{Addition, Journal};
 use cloister_runtime::model::{Model, ModelCall, ModelError, ModelEvent};
-use cloister_runtime::run::transcript;
+use cloister_runtime::run::{first_request, transcript};
 use cloister_runtime::spec::{Claim, Lease, RunSpec};
-use entity::{TenantOwned, runs, tenants};
+use entity::{TenantOwned, quota_reservations, runs, tenants};
 use futures_util::stream::BoxStream;
 use sea_orm::{ColumnTrait, QueryFilter, QueryOrder};
+use serde::Deserialize;
 use uuid::Uuid;
 
 use super::journal::{Append, DatabaseJournal, input_item, items_after, items_of};
@@ -16,9 +19,10 @@ use super::{announce, queue, run_agent_name};
 use crate::agents::graph;
 use crate::app::App;
 use crate::error::Error;
+use crate::models::catalog::CatalogModel;
 use crate::models::gateway::{self, JournalWrite};
 use crate::tenants::signing_secrets;
-use crate::usage::quota::CallOrigin;
+use crate::usage::quota::{CallOrigin, Reserve};
 
 /// The right to write that a claim gave.
 pub fn lease_of(run: &runs::Model) -> Lease {
@@ -27,7 +31,11 @@ pub fn lease_of(run: &runs::Model) -> Lease {
 
 /// All that the loop needs to begin or to go on.
 pub async fn prepare(app: &App, run: &runs::Model) -> Result<Claim, Error> {
-    let mut spec: RunSpec = serde_json::from_value(run.spec.clone())?;
+    prepare_with(app, run, RunSpec::deserialize(&run.spec)?).await
+}
+
+/// As [`prepare`], where the run's spec is at hand.
+pub async fn prepare_with(app: &App, run: &runs::Model, mut spec: RunSpec) -> Result<Claim, Error> {
     graph::open_tokens(app, run.tenant_id, &mut spec)?;
     let items = match run.next_sequence {
         // Nothing has been done yet: what it has is its input.
@@ -96,8 +104,8 @@ pub async fn retry_or_fail(app: &App, run: &runs::Model, error: &Error) {
         return;
     }
     let body = Body::failed(RunErrorCode::Internal, "The run could not be executed. Tell us its id.");
-    let step = Step { agent_name: run_agent_name(run).unwrap_or_default(), turn: None, scope: None, body };
-    if let Err(error) = DatabaseJournal(app.clone()).append(lease_of(run), run.next_sequence, vec![step]).await {
+    let step = Step { agent_name: run_agent_name(run), turn: None, scope: None, body };
+    if let Err(error) = DatabaseJournal::new(app, run).append(lease_of(run), run.next_sequence, vec![step]).await {
         tracing::error!(run_id = %run_id(run.id), %error, "a run that can't be executed could not be ended");
     }
 }
@@ -122,10 +130,14 @@ pub async fn try_hand_back(app: &App, lease: Lease) {
 /// its worker.
 pub struct GatewayModel {
     app: App,
+    run_id: Uuid,
     tenant_id: Uuid,
     key_id: Option<Uuid>,
     run_limit: Option<i64>,
     root: Uuid,
+    in_conversation: bool,
+    /// What was reserved for the first call when the run was stored.
+    reserved: Mutex<Option<quota_reservations::Model>>,
 }
 
 impl GatewayModel {
@@ -133,12 +145,65 @@ impl GatewayModel {
     pub fn new(app: &App, run: &runs::Model) -> Self {
         Self {
             app: app.clone(),
+            run_id: run.id,
             tenant_id: run.tenant_id,
             key_id: run.api_key_id,
             run_limit: run.max_tokens,
             root: run.agent_id,
+            in_conversation: run.conversation_id.is_some(),
+            reserved: Mutex::default(),
         }
     }
+
+    /// For the calls of a run whose first one may have its reservation.
+    pub fn with(app: &App, run: &runs::Model, reserved: Option<quota_reservations::Model>) -> Self {
+        Self { reserved: Mutex::new(reserved), ..Self::new(app, run) }
+    }
+
+    /// What the first call of a run is to reserve, where it's certain what that asks. None for a run with a limit of its
+    /// own, whose counter is made when it is under way.
+    pub fn first_call(app: &App, run: &runs::Model, spec: &RunSpec) -> Option<Reserve> {
+        if run.max_tokens.is_some() {
+            return None;
+        }
+        let request = first_request(spec)?;
+        let root = spec.agents.get(&spec.root)?;
+        let model = models(app, &root.model, &root.fallback_models).next()?;
+        model.provider.as_ref()?;
+        let ask = gateway::first_ask(&model, &request);
+        let origin = Self::new(app, run).origin(1, root.id, root.version, model);
+        Some(Reserve::new(app, &origin, ask))
+    }
+
+    /// What was reserved and not used.
+    pub fn take_reserved(&self) -> Option<quota_reservations::Model> {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn origin(&self, turn: u32, agent: Uuid, agent_version: Option<i32>, model: Arc<CatalogModel>) -> CallOrigin {
+        let root = self.root;
+        CallOrigin {
+            tenant_id: self.tenant_id,
+            key_id: self.key_id,
+            run_id: Some(self.run_id),
+            run_limit: self.run_limit,
+            turn: i32::try_from(turn).ok(),
+            agent_id: Some(agent),
+            agent_version,
+            agent_path: Some(if root == agent { root.to_string() } else { format!("{root}/{agent}") }),
+            model,
+        }
+    }
+}
+
+/// The models of a call that are in the catalogue, in the order in which they are tried.
+fn models<'a>(
+    app: &'a App,
+    first: &'a str,
+    fallbacks: &'a [String],
+) -> impl Iterator<Item = Arc<CatalogModel>> + use<'a> {
+    let names = std::iter::once(first).chain(fallbacks.iter().map(String::as_str));
+    names.filter_map(|name| app.catalog.get(name))
 }
 
 impl Model for GatewayModel {
@@ -147,29 +212,16 @@ impl Model for GatewayModel {
     }
 
     fn respond(&self, call: ModelCall) -> BoxStream<'static, Result<ModelEvent, ModelError>> {
-        let names = std::iter::once(&call.request.model).chain(&call.fallback_models);
-        let mut models = names.filter_map(|name| self.app.catalog.get(name));
+        let mut models = models(&self.app, &call.request.model, &call.fallback_models);
         let Some(model) = models.next() else {
             let message = format!("The model {:?} is no longer in the catalogue.", call.request.model);
             let code = RunErrorCode::ModelUnavailable;
             return Box::pin(futures_util::stream::iter([Err(ModelError::Failed { code, message })]));
         };
-        let (root, agent) = (self.root, call.agent_id);
-        let path = if root == agent { root.to_string() } else { format!("{root}/{agent}") };
-        let origin = CallOrigin {
-            tenant_id: self.tenant_id,
-            key_id: self.key_id,
-            run_id: Some(call.lease.run_id),
-            run_limit: self.run_limit,
-            turn: i32::try_from(call.turn).ok(),
-            agent_id: Some(agent),
-            agent_version: call.agent_version,
-            agent_path: Some(path),
-            model,
-        };
-        let first =
-            call.first.map(|Addition { from_sequence, steps }| Append { lease: call.lease, from_sequence, steps });
-        let journal = JournalWrite { lease: call.lease, first, recorder: call.recorder };
-        gateway::call(&self.app, origin, models.collect(), call.request, Some(journal))
+        let origin = self.origin(call.turn, call.agent_id, call.agent_version, model);
+        let (lease, in_conversation) = (call.lease, self.in_conversation);
+        let append = |Addition { from_sequence, steps }| Append { lease, in_conversation, from_sequence, steps };
+        let journal = JournalWrite { lease, in_conversation, first: call.first.map(append), recorder: call.recorder };
+        gateway::call(&self.app, origin, models.collect(), call.request, Some(journal), self.take_reserved())
     }
 }

@@ -12,7 +12,8 @@ use sea_orm::{ColumnTrait, PaginatorTrait, QueryFilter, QuerySelect};
 use tokio::sync::broadcast::error::RecvError;
 use uuid::Uuid;
 
-use super::journal::items_after;
+use super::agent_name;
+use super::journal::{input_item, items_after};
 use super::live::Signal;
 use super::turn::{Attempt, Delta, beyond, span};
 use crate::app::App;
@@ -39,22 +40,32 @@ pub enum Event {
 pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Result<Event, Error>> + Send {
     async_stream::try_stream! {
         let _unsubscribe = Unsubscribe { app: app.clone(), run_id: run.id };
-        let answered = if after > 0 { answered_before(&app, &run, after).await? } else { 0 };
+        // The first item is the input.
+        let answered = if after > 1 { answered_before(&app, &run, after).await? } else { 0 };
         let mut seen = Seen { cursor: after, answered, ..Seen::default() };
         let mut was_over = false;
+        // What is told, to be all there is; not after a silence.
+        let mut trusts_live = true;
         'subscribed: loop {
             let cursor = seen.cursor;
             let mut subscription = app.live.subscribe(run.id);
-            loop {
+            // The input is in the run's row: if it is all that was stored, the journal need not be read.
+            let root = agent_name(&run, run.agent_id);
+            if let (0, Some(_), Some(agent_name)) = (seen.cursor, subscription.next_sequence, root) {
+                let input = input_item(&run, agent_name);
+                seen.take(&input);
+                yield Event::Item(input);
+            }
+            let knows_all = trusts_live && subscription.next_sequence == Some(seen.cursor + 1);
+            trusts_live = true;
+            let mut may_be_more = !knows_all;
+            while may_be_more {
                 let stored = items_after(&app, &run, seen.cursor, PAGE).await?;
-                let last_page = stored.len() < PAGE as usize;
+                may_be_more = stored.len() == PAGE as usize;
                 for item in stored {
                     if seen.take(&item) {
                         yield Event::Item(item);
                     }
-                }
-                if last_page {
-                    break;
                 }
             }
             if seen.ended || was_over {
@@ -62,7 +73,7 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
             }
             // The journal tells of the end, unless the cursor lies behind it, or the items have had their time. What
             // may have been stored just before the end is looked for once more.
-            was_over = seen.cursor == cursor && is_over(&app, &run).await?;
+            was_over = !knows_all && seen.cursor == cursor && is_over(&app, &run).await?;
             if was_over {
                 continue;
             }
@@ -94,7 +105,11 @@ pub fn events(app: App, run: runs::Model, after: i64) -> impl Stream<Item = Resu
                     Ok(Ok(Signal::Look(next_sequence))) if next_sequence <= seen.cursor + 1 => {}
                     // More was stored, this subscriber was too slow, the run is over, or nothing was heard for long:
                     // the journal has the items, and the turn so far what was missed of it.
-                    Ok(Ok(Signal::Look(_)) | Err(RecvError::Lagged(_) | RecvError::Closed)) | Err(_) => continue 'subscribed,
+                    Ok(Ok(Signal::Look(_)) | Err(RecvError::Lagged(_) | RecvError::Closed)) => continue 'subscribed,
+                    Err(_) => {
+                        trusts_live = false;
+                        continue 'subscribed;
+                    }
                 }
                 if seen.ended {
                     break 'subscribed;

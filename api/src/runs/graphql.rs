@@ -301,7 +301,8 @@ impl RunMutation {
     /// [RUN]
     async fn start_run(&self, ctx: &Context<'_>, input: StartRunInput) -> Result<RunPayload> {
         let viewer = viewer(ctx)?.require(Scope::Run)?;
-        run_payload(super::start(app(ctx)?, viewer, input.into_new()).await)
+        let started = super::start(app(ctx)?, viewer, input.into_new()).await;
+        run_payload(started.map(|(run, _)| run))
     }
 
     /// [RUN]

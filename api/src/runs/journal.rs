@@ -12,16 +12,17 @@ use cloister_runtime::spec::Lease;
 use entity::runs::Status;
 use entity::{TenantOwned, conversations, run_items, runs, tenants};
 use sea_orm::ActiveValue::Set;
+use sea_orm::sea_query::ArrayType;
 use sea_orm::{
-    ActiveEnum, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, QueryFilter, QueryOrder,
-    QuerySelect, Statement, Value,
+    ActiveEnum, ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait,
+    IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, Statement, Value,
 };
 use uuid::Uuid;
 
 use super::status::{code_name, stored};
 use super::{approvals, queue, record};
 use crate::app::App;
-use crate::db::values_list;
+use crate::db::{is_any, padded, values_list};
 use crate::error::Error;
 use crate::tenants::changes::Change;
 
@@ -30,6 +31,8 @@ use crate::tenants::changes::Change;
 pub struct Append {
     /// Its right to the run.
     pub lease: Lease,
+    /// Whether the run is in a conversation, which its end has to do with.
+    pub in_conversation: bool,
     /// The earliest sequence that the first step can have: behind what its author knew of. Others may have written in
     /// the meantime: nested runs, and who decides about calls.
     pub from_sequence: i64,
@@ -56,52 +59,78 @@ pub struct Appended {
     pub items: Vec<Item>,
     /// Whether the run's state moved.
     pub moved: bool,
+    /// The pool in which a run of the tenant was queued with that: this one again, or the next of its conversation.
+    pub queued_in: Option<String>,
 }
 
-/// Stores what workers ask for, in the caller's transaction, and renews their leases once they have
-/// lost a third. One that is refused changes
-/// nothing of the others. Returns a verdict for each, and what was stored of each run.
-pub async fn append_all(
-    app: &App,
-    tx: &DatabaseTransaction,
-    appends: Vec<&Append>,
-) -> Result<(Vec<Verdict>, Vec<Appended>), Error> {
-    if appends.is_empty() {
-        return Ok((Vec::new(), Vec::new()));
-    }
-    let moving = |append: &&&Append| append.steps.iter().any(|step| matches!(step.body, Body::Status { .. }));
-    lock_conversations(tx, appends.iter().filter(moving).map(|append| append.lease.run_id).collect()).await?;
+/// What workers ask to have stored, decided about: the caller's transaction holds the runs.
+pub struct Held {
+    verdicts: Vec<Verdict>,
+    /// Runs that gain items.
+    entries: Vec<Entry>,
+    now: DateTime<Utc>,
+}
+
+/// Locks the runs that workers ask for, and decides about each append; one that is refused changes nothing of the
+/// others. Leases are renewed once they have lost a third. [`Held::store`] is to follow in the same transaction.
+pub async fn hold(app: &App, tx: &DatabaseTransaction, appends: Vec<&Append>) -> Result<Held, Error> {
     let now = app.clock.now();
+    let mut held = Held { verdicts: Vec::with_capacity(appends.len()), entries: Vec::new(), now };
+    if appends.is_empty() {
+        return Ok(held);
+    }
+    let moves = |append: &Append| append.steps.iter().any(|step| matches!(step.body, Body::Status { .. }));
+    // One that comes to wait for a decision may be queued again at once, which takes its tenant too.
+    let waits = |append: &Append| append.steps.last().is_some_and(|step| is_of(step, RunStatus::WaitingApproval));
+    let moving = |append: &&&Append| (append.in_conversation && moves(append)) || waits(append);
+    lock_conversations(tx, appends.iter().filter(moving).map(|append| append.lease.run_id).collect()).await?;
     let until = queue::lease_from(app, now);
     let rows = runs::without_spec()
-        .filter(runs::Column::Id.is_in(appends.iter().map(|append| append.lease.run_id)))
+        .filter(is_any(tx, runs::Column::Id, appends.iter().map(|append| append.lease.run_id)))
         .order_by_asc(runs::Column::Id)
         .lock_exclusive()
         .all(tx)
         .await?;
     let mut entries: BTreeMap<Uuid, Entry> = rows.into_iter().map(|run| (run.id, Entry::of(run))).collect();
-    let mut verdicts = Vec::with_capacity(appends.len());
     for append in appends {
         let Some(entry) = entries.get_mut(&append.lease.run_id) else {
-            verdicts.push(Verdict::Refused);
+            held.verdicts.push(Verdict::Refused);
             continue;
         };
         let stored = entry.stored_since(tx, append.from_sequence).await?;
-        verdicts.push(entry.take(app, append, &stored, now, until));
+        held.verdicts.push(entry.take(app, append, &stored, now, until));
     }
-    let written = entries.into_values().filter(|entry| !entry.items.is_empty()).collect();
-    Ok((verdicts, store(app, tx, written, now).await?))
+    held.entries.extend(entries.into_values().filter(|entry| !entry.items.is_empty()));
+    Ok(held)
 }
 
-/// Locks runs' tenants and conversations, before the runs: an end locks the conversation's next run, whose cancel or
+impl Held {
+    /// The queues in which places become free.
+    pub fn queues(&self) -> impl Iterator<Item = (Uuid, String)> {
+        let moved = self.entries.iter().filter(|entry| entry.run.status != entry.before.status);
+        moved.map(|entry| (entry.run.tenant_id, entry.run.pool.clone()))
+    }
+
+    /// Stores the items, and those of `others` with them. Returns a verdict for each append, and what was stored of each
+    /// run.
+    pub async fn store<'a>(
+        self,
+        app: &App,
+        tx: &DatabaseTransaction,
+        others: impl Iterator<Item = (&'a runs::Model, &'a [Item])>,
+    ) -> Result<(Vec<Verdict>, Vec<Appended>), Error> {
+        Ok((self.verdicts, store(app, tx, self.entries, others, self.now).await?))
+    }
+}
+
+/// Locks runs' tenants, and the conversations that they are in, before the runs: an end locks the conversation's next run, whose cancel or
 /// end would otherwise wait for us while we wait for it. SQLite has one writer, and nothing to lock.
 pub async fn lock_conversations(tx: &DatabaseTransaction, run_ids: Vec<Uuid>) -> Result<(), Error> {
     if run_ids.is_empty() || tx.get_database_backend() == DbBackend::Sqlite {
         return Ok(());
     }
-    let ids: Vec<(Uuid, Uuid)> = runs::Entity::across_tenants()
-        .filter(runs::Column::Id.is_in(run_ids))
-        .filter(runs::Column::ConversationId.is_not_null())
+    let ids: Vec<(Uuid, Option<Uuid>)> = runs::Entity::across_tenants()
+        .filter(is_any(tx, runs::Column::Id, run_ids))
         .select_only()
         .columns([runs::Column::TenantId, runs::Column::ConversationId])
         .into_tuple()
@@ -110,13 +139,17 @@ pub async fn lock_conversations(tx: &DatabaseTransaction, run_ids: Vec<Uuid>) ->
     if ids.is_empty() {
         return Ok(());
     }
-    let (tenant_ids, conversation_ids): (Vec<Uuid>, Vec<Uuid>) = ids.into_iter().unzip();
+    let (tenant_ids, conversation_ids): (Vec<Uuid>, Vec<Option<Uuid>>) = ids.into_iter().unzip();
+    let conversation_ids: Vec<Uuid> = conversation_ids.into_iter().flatten().collect();
     tenants::Entity::across_tenants()
         .filter(tenants::Column::Id.is_in(tenant_ids))
         .order_by_asc(tenants::Column::Id)
         .lock_shared()
         .all(tx)
         .await?;
+    if conversation_ids.is_empty() {
+        return Ok(());
+    }
     conversations::Entity::across_tenants()
         .filter(conversations::Column::Id.is_in(conversation_ids))
         .order_by_asc(conversations::Column::Id)
@@ -154,7 +187,7 @@ impl Entry {
         now: DateTime<Utc>,
         lease_until: DateTime<Utc>,
     ) -> Verdict {
-        let Append { lease, from_sequence, steps } = append;
+        let Append { lease, from_sequence, steps, .. } = append;
         let from_sequence = *from_sequence;
         if self.run.fence != lease.fence || from_sequence > self.run.next_sequence {
             return Verdict::Refused;
@@ -218,18 +251,21 @@ pub async fn write(
     let mut entry = Entry::of(run);
     let lease_until = entry.run.lease_until;
     entry.add(app, steps, now, lease_until);
-    let appended = store(app, tx, vec![entry], now).await?.into_iter().next();
+    let appended = store(app, tx, vec![entry], std::iter::empty(), now).await?.into_iter().next();
     appended.ok_or_else(|| Error::internal("an append came to nothing"))
 }
 
-async fn store(
+async fn store<'a>(
     app: &App,
     tx: &DatabaseTransaction,
     entries: Vec<Entry>,
+    others: impl Iterator<Item = (&'a runs::Model, &'a [Item])>,
     now: DateTime<Utc>,
 ) -> Result<Vec<Appended>, Error> {
     update_rows(tx, &entries).await?;
-    insert_items(tx, entries.iter().map(|entry| (&entry.run, entry.items.as_slice()))).await?;
+    let mut rows = to_rows(others)?;
+    rows.extend(to_rows(entries.iter().map(|entry| (&entry.run, entry.items.as_slice())))?);
+    insert_rows(tx, rows).await?;
     let moved = |entry: &&Entry| entry.run.status != entry.before.status;
     // Runs are locked before the queue; see there.
     let mut next = Vec::new();
@@ -256,12 +292,15 @@ async fn store(
     let again =
         entries.iter().filter(|entry| entry.before.status == Status::Running && entry.run.status == Status::Queued);
     next.extend(again.map(|entry| entry.run.clone()));
+    let mut queued: HashMap<Uuid, String> = HashMap::new();
     for run in next {
-        queue::enqueue(app, tx, run).await?;
+        let run = queue::enqueue(app, tx, run).await?;
+        queued.insert(run.tenant_id, run.pool);
     }
     let appended = entries.into_iter().map(|Entry { before, run, items }| {
         let moved = run.status != before.status;
-        Appended { run, items, moved }
+        let queued_in = queued.get(&run.tenant_id).cloned();
+        Appended { run, items, moved, queued_in }
     });
     Ok(appended.collect())
 }
@@ -272,14 +311,15 @@ async fn update_rows(tx: &DatabaseTransaction, entries: &[Entry]) -> Result<(), 
     if entries.is_empty() {
         return Ok(());
     }
+    let rows: Vec<&runs::Model> = padded(tx, entries.iter().map(|entry| &entry.run).collect());
     let sql = format!(
         "UPDATE runs SET status = v.column2, output = v.column3, error_code = v.column4, error_message = v.column5, \
          turns = v.column6, current_agent_id = v.column7, next_sequence = v.column8, lease_until = v.column9, \
          held_ms = v.column10, finished_at = v.column11, output_json = v.column12, waits_until = v.column13, \
          paused_at = v.column14 FROM ({}) AS v WHERE runs.id = v.column1",
-        values_list(entries.len(), COLUMNS)
+        values_list(rows.len(), COLUMNS)
     );
-    let values = entries.iter().flat_map(|Entry { run, .. }| -> [Value; COLUMNS] {
+    let values = rows.into_iter().flat_map(|run| -> [Value; COLUMNS] {
         [
             run.id.into(),
             run.status.to_value().into(),
@@ -302,17 +342,57 @@ async fn update_rows(tx: &DatabaseTransaction, entries: &[Entry]) -> Result<(), 
 }
 
 /// Stores runs' items.
-pub async fn insert_items(
+pub async fn insert_items<'a>(
     tx: &DatabaseTransaction,
-    items: impl Iterator<Item = (&runs::Model, &[Item])>,
+    items: impl Iterator<Item = (&'a runs::Model, &'a [Item])>,
 ) -> Result<(), Error> {
+    insert_rows(tx, to_rows(items)?).await
+}
+
+async fn insert_rows(tx: &DatabaseTransaction, rows: Vec<run_items::Model>) -> Result<(), Error> {
     /// Rows a statement: SQLite takes 32,766 parameters.
     const ROWS: usize = 1_000;
-    let rows = items.flat_map(|(run, items)| items.iter().map(move |item| to_row(run, item)));
-    let rows = rows.collect::<Result<Vec<_>, Error>>()?;
-    for rows in rows.chunks(ROWS) {
-        run_items::Entity::insert_many(rows.to_vec()).exec_without_returning(tx).await?;
+    if tx.get_database_backend() == DbBackend::Postgres {
+        return insert_columns(tx, rows).await;
     }
+    for rows in rows.chunks(ROWS) {
+        let rows = rows.iter().map(|row| row.clone().into_active_model().reset_all());
+        run_items::Entity::insert_many(rows).exec_without_returning(tx).await?;
+    }
+    Ok(())
+}
+
+/// Stores items by a statement that is the same for however many: a parameter is a column. PostgreSQL only.
+async fn insert_columns(tx: &DatabaseTransaction, rows: Vec<run_items::Model>) -> Result<(), Error> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let sql = "INSERT INTO run_items (run_id, sequence, run_created_at, tenant_id, kind, agent_name, turn, scope, body, \
+               created_at) \
+               SELECT run_id, sequence, run_created_at, tenant_id, kind, agent_name, NULLIF(turn, 0), NULLIF(scope, ''), \
+               body::json, created_at \
+               FROM UNNEST($1::uuid[], $2::bigint[], $3::timestamptz[], $4::uuid[], $5::text[], $6::text[], $7::integer[], \
+               $8::text[], $9::text[], $10::timestamptz[]) \
+               AS item (run_id, sequence, run_created_at, tenant_id, kind, agent_name, turn, scope, body, created_at)";
+    let column = |of: fn(&run_items::Model) -> Value| {
+        let values: Vec<Value> = rows.iter().map(of).collect();
+        let kind = values.first().map_or(ArrayType::String, Value::array_type);
+        Value::Array(kind, Some(Box::new(values)))
+    };
+    let values = [
+        column(|row| row.run_id.into()),
+        column(|row| row.sequence.into()),
+        column(|row| row.run_created_at.into()),
+        column(|row| row.tenant_id.into()),
+        column(|row| row.kind.as_str().into()),
+        column(|row| row.agent_name.as_str().into()),
+        // Turns count from 1, and no scope is empty: arrays here have no NULL.
+        column(|row| row.turn.unwrap_or(0).into()),
+        column(|row| row.scope.as_deref().unwrap_or_default().into()),
+        column(|row| row.body.to_string().into()),
+        column(|row| row.created_at.into()),
+    ];
+    tx.execute_raw(Statement::from_sql_and_values(DbBackend::Postgres, sql, values)).await?;
     Ok(())
 }
 
@@ -373,20 +453,30 @@ async fn next_of_conversation(
     Ok(next.filter(|next| next.status == Status::Queued && next.vtime.is_none()))
 }
 
-fn to_row(run: &runs::Model, item: &Item) -> Result<run_items::ActiveModel, Error> {
+fn to_rows<'a>(items: impl Iterator<Item = (&'a runs::Model, &'a [Item])>) -> Result<Vec<run_items::Model>, Error> {
+    let mut rows = Vec::new();
+    for (run, items) in items {
+        for item in items {
+            rows.push(to_row(run, item)?);
+        }
+    }
+    Ok(rows)
+}
+
+fn to_row(run: &runs::Model, item: &Item) -> Result<run_items::Model, Error> {
     let body = serde_json::to_value(&item.step.body)?;
     let kind = body.get("kind").and_then(|kind| kind.as_str()).unwrap_or_default().to_owned();
-    Ok(run_items::ActiveModel {
-        run_id: Set(run.id),
-        sequence: Set(item.sequence),
-        run_created_at: Set(run.created_at),
-        tenant_id: Set(run.tenant_id),
-        kind: Set(kind),
-        agent_name: Set(item.step.agent_name.clone()),
-        turn: Set(item.step.turn.and_then(|turn| i32::try_from(turn).ok())),
-        scope: Set(item.step.scope.clone()),
-        body: Set(body),
-        created_at: Set(item.created_at),
+    Ok(run_items::Model {
+        run_id: run.id,
+        sequence: item.sequence,
+        run_created_at: run.created_at,
+        tenant_id: run.tenant_id,
+        kind,
+        agent_name: item.step.agent_name.clone(),
+        turn: item.step.turn.and_then(|turn| i32::try_from(turn).ok()),
+        scope: item.step.scope.clone(),
+        body,
+        created_at: item.created_at,
     })
 }
 
@@ -465,20 +555,33 @@ pub fn publish(app: &App, appended: Appended) {
     let run = Arc::new(appended.run);
     app.live.items(run.id, appended.items, Status::TERMINAL.contains(&run.status));
     if appended.moved {
-        // A place may have become free.
-        app.wakes.wake(&run.pool);
+        match appended.queued_in {
+            Some(pool) => app.wakes.wake(&pool),
+            // A place may have become free.
+            None => app.wakes.free(&run.pool),
+        }
         app.changes.publish(run.tenant_id, Change::Run(run));
     }
 }
 
-/// The journal as the shared pool's runs see it.
-pub struct DatabaseJournal(pub App);
+/// The journal as a run's worker sees it.
+pub struct DatabaseJournal {
+    app: App,
+    in_conversation: bool,
+}
+
+impl DatabaseJournal {
+    /// For this run's items.
+    pub fn new(app: &App, run: &runs::Model) -> Self {
+        Self { app: app.clone(), in_conversation: run.conversation_id.is_some() }
+    }
+}
 
 #[async_trait]
 impl Journal for DatabaseJournal {
     async fn append(&self, lease: Lease, from_sequence: i64, steps: Vec<Step>) -> Result<(), JournalError> {
-        let append = Append { lease, from_sequence, steps };
-        match record::append(&self.0, append).await {
+        let append = Append { lease, in_conversation: self.in_conversation, from_sequence, steps };
+        match record::append(&self.app, append).await {
             Ok(Verdict::Stored | Verdict::Repeated) => Ok(()),
             Ok(Verdict::Refused) => Err(JournalError::LeaseLost),
             Err(error) => {
@@ -489,6 +592,6 @@ impl Journal for DatabaseJournal {
     }
 
     async fn progress(&self, lease: Lease, progress: Progress) {
-        self.0.live.progress(lease, progress);
+        self.app.live.progress(lease, progress);
     }
 }

@@ -19,7 +19,7 @@ use crate::bus::{Bus, Topic, What};
 use crate::error::Error;
 
 /// Signals a subscriber may lag behind before it must read the journal again.
-const BUFFER: usize = 1024;
+const BUFFER: usize = 256;
 
 /// What a subscriber is told.
 #[derive(Clone, Debug)]
@@ -38,6 +38,9 @@ pub struct Subscription {
     pub signals: broadcast::Receiver<Signal>,
     /// What had been streamed before.
     pub turn: Turn,
+    /// The sequence after the newest item that was told, where the run is executed here: nothing else is stored of it but
+    /// what other replicas add (a decision, a cancel), of which this one hears as of what is stored from now on.
+    pub next_sequence: Option<i64>,
 }
 
 /// The runs that somebody watches or works on.
@@ -56,6 +59,8 @@ struct InProgress {
     turn: Turn,
     /// A worker here is at it, or one that speaks to this replica.
     worked_on: bool,
+    /// That worker is this process's own.
+    executed: bool,
     /// The sequence after the newest item that was told.
     next_sequence: i64,
 }
@@ -76,7 +81,20 @@ impl Live {
         }
         // Under this lock, so that nothing is both in `turn` and in `signals`, or in neither.
         let progress = lock(&run.progress);
-        Subscription { signals: run.signals.subscribe(), turn: progress.turn.clone() }
+        Subscription {
+            signals: run.signals.subscribe(),
+            turn: progress.turn.clone(),
+            next_sequence: progress.executed.then_some(progress.next_sequence),
+        }
+    }
+
+    /// Notes that a run is executed here from now on, and the sequence after the newest item that it has.
+    pub fn begin(&self, run_id: Uuid, next_sequence: i64) {
+        let run = self.runs.entry(run_id).or_insert_with(new_run).clone();
+        let mut state = lock(&run.progress);
+        state.worked_on = true;
+        state.executed = true;
+        state.next_sequence = Ord::max(state.next_sequence, next_sequence);
     }
 
     /// Forgets a run that nobody watches any more, unless it is being worked on.
@@ -116,6 +134,7 @@ impl Live {
         if let Some(run) = self.watched(run_id) {
             let mut state = lock(&run.progress);
             state.worked_on = false;
+            state.executed = false;
             state.turn.clear();
         }
         self.unsubscribed(run_id);

@@ -19,11 +19,12 @@ pub mod wakes;
 
 use async_graphql::Enum;
 use cloister_runtime::item::{Body, Item, RunStatus, Step};
-use cloister_runtime::spec::RunSpec;
+use cloister_runtime::spec::{Agents, RunSpec};
 use entity::runs::Status;
 use entity::{TenantOwned, runs};
 use sea_orm::ActiveValue::Set;
 use sea_orm::{ActiveModelTrait, ColumnTrait, DatabaseTransaction, QueryFilter, QuerySelect};
+use serde::Deserialize;
 use serde_json::Value;
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -113,29 +114,37 @@ impl NewRun {
     }
 }
 
-/// Starts a run: all that it needs is frozen, and it is claimed at once or waits to be.
-pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<runs::Model> {
+/// What keeps a start from being done twice.
+pub struct Idempotency<'a> {
+    /// The client's key.
+    pub key: &'a str,
+    /// Tells apart the inputs that come with it.
+    pub fingerprint: String,
+}
+
+/// Starts a run: all that it needs is frozen, and it is claimed at once or waits to be. Returns it without its spec, and
+/// the agents that it may reach.
+pub async fn start(app: &App, viewer: &TenantViewer, new: NewRun) -> Outcome<(runs::Model, Arc<Agents>)> {
     let variables = check(app, &new)?;
     let tenant_id = viewer.tenant_id();
-    let fingerprint = new.fingerprint(&variables);
-    if let Some(run) = repeated(app, tenant_id, new.idempotency_key.as_deref(), &fingerprint).await? {
-        return Ok(run);
+    let key = new.idempotency_key.as_deref();
+    let idempotency = key.map(|key| Idempotency { key, fingerprint: new.fingerprint(&variables) });
+    let idempotency = idempotency.as_ref();
+    if let Some(repeated) = repeated(app, tenant_id, idempotency).await? {
+        return Ok(repeated);
     }
     let frozen = graph::freeze(app, tenant_id, new.agent_id, new.version, new.draft).await?.filled(&variables)?;
-    if quota::unused_by(app, viewer).await? <= 0 {
-        let message = "Nothing is left of this month's tokens. Raise the limit, or wait for the new month.";
-        return Err(UserError::new(UserErrorCode::QuotaExceeded, "", message).into());
-    }
+    let agents = frozen.agents.clone();
     let started = match (new.conversation_id, new.new_conversation) {
-        (Some(id), _) => start::in_conversation(app, viewer, &new, frozen, &fingerprint, id).await,
-        (None, begins) => start::alone(app, viewer, &new, frozen, &fingerprint, begins).await,
+        (Some(id), _) => start::in_conversation(app, viewer, &new, frozen, idempotency, id).await,
+        (None, begins) => start::alone(app, viewer, &new, frozen, idempotency, begins).await,
     };
     match started {
         // Another request with the same key was faster.
-        Err(Refusal::Error(Error::Conflict)) => repeated(app, tenant_id, new.idempotency_key.as_deref(), &fingerprint)
+        Err(Refusal::Error(Error::Conflict)) => repeated(app, tenant_id, idempotency)
             .await?
             .ok_or_else(|| Error::internal("an idempotency key conflicts with no run").into()),
-        other => other,
+        started => Ok((started?, agents)),
     }
 }
 
@@ -170,18 +179,22 @@ fn check(app: &App, new: &NewRun) -> Outcome<Variables> {
     Ok(variables)
 }
 
-/// The run that was started with this idempotency key before.
-async fn repeated(app: &App, tenant_id: Uuid, key: Option<&str>, fingerprint: &str) -> Outcome<Option<runs::Model>> {
-    let Some(key) = key else { return Ok(None) };
+/// The run that was started with this idempotency key before, and its agents.
+async fn repeated(
+    app: &App,
+    tenant_id: Uuid,
+    idempotency: Option<&Idempotency<'_>>,
+) -> Outcome<Option<(runs::Model, Arc<Agents>)>> {
+    let Some(Idempotency { key, fingerprint }) = idempotency else { return Ok(None) };
     let run =
-        runs::Entity::in_tenant(tenant_id).filter(runs::Column::IdempotencyKey.eq(key)).one(app.db.read()).await?;
-    match run {
-        Some(run) if run.idempotency_hash.as_deref() != Some(fingerprint) => {
-            let message = "This idempotency key was used with other input. Use a new one.";
-            Err(UserError::new(UserErrorCode::IdempotencyMismatch, "idempotencyKey", message).into())
-        }
-        run => Ok(run),
+        runs::Entity::in_tenant(tenant_id).filter(runs::Column::IdempotencyKey.eq(*key)).one(app.db.read()).await?;
+    let Some(run) = run else { return Ok(None) };
+    if run.idempotency_hash.as_ref() != Some(fingerprint) {
+        let message = "This idempotency key was used with other input. Use a new one.";
+        return Err(UserError::new(UserErrorCode::IdempotencyMismatch, "idempotencyKey", message).into());
     }
+    let spec = RunSpec::deserialize(&run.spec).map_err(Error::from)?;
+    Ok(Some((run, spec.agents)))
 }
 
 /// Ends a run as CANCELLED: its state, its fence, and an output for every open call, in one
@@ -281,7 +294,7 @@ pub async fn resume(app: &App, tenant_id: Uuid, id: Uuid) -> Outcome<runs::Model
 
 /// Queues a run that stood still, after these steps, and commits.
 async fn go_on(app: &App, tx: DatabaseTransaction, run: runs::Model, mut steps: Vec<Step>) -> Outcome<runs::Model> {
-    let agent_name = run_agent_name(&run)?;
+    let agent_name = run_agent_name(&run);
     steps.push(Step { agent_name, turn: None, scope: None, body: Body::status(RunStatus::Queued) });
     let mut appended = journal::write(app, &tx, run, steps, app.clock.now()).await?;
     appended.run = queue::enqueue(app, &tx, appended.run).await?;
@@ -291,9 +304,13 @@ async fn go_on(app: &App, tx: DatabaseTransaction, run: runs::Model, mut steps: 
     Ok(run)
 }
 
-fn run_agent_name(run: &runs::Model) -> Result<String, Error> {
-    let spec: RunSpec = serde_json::from_value(run.spec.clone())?;
-    Ok(spec.agents.get(&run.current_agent_id).map(|agent| agent.name.clone()).unwrap_or_default())
+/// An agent's name by a run's spec; none without the spec.
+fn agent_name(run: &runs::Model, agent_id: Uuid) -> Option<&str> {
+    run.spec["agents"][agent_id.to_string()]["name"].as_str()
+}
+
+fn run_agent_name(run: &runs::Model) -> String {
+    agent_name(run, run.current_agent_id).unwrap_or_default().to_owned()
 }
 
 /// A tenant's run, its row locked. A run's row is locked before its queue's, everywhere.

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cloister_runtime::run::{Outcome, Ports, Stop, run};
-use cloister_runtime::spec::Lease;
+use cloister_runtime::spec::{Lease, RunSpec};
 use dashmap::DashMap;
-use entity::runs;
+use entity::{quota_reservations, runs};
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use sea_orm::{DatabaseTransaction, DbErr};
@@ -16,11 +16,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::claimed::{GatewayModel, lease_of, prepare, retry_or_fail, try_hand_back};
+use super::claimed::{GatewayModel, lease_of, prepare, prepare_with, retry_or_fail, try_hand_back};
 use super::journal::DatabaseJournal;
+use super::queue::Claimed;
+use super::wakes::Bell;
 use super::{announce, queue};
 use crate::app::App;
 use crate::error::Error;
+use crate::models::gateway;
 use crate::tenants::changes::Change;
 
 /// How often the queue is looked into without being told of a change.
@@ -204,11 +207,11 @@ impl Drop for Answering {
 pub async fn work(app: App) {
     let bell = app.wakes.bell(queue::SHARED);
     while !app.stopping.is_cancelled() {
-        if claim(&app).await {
+        if claim(&app, &bell).await {
             continue;
         }
         tokio::select! {
-            () = bell.notified() => {}
+            () = bell.rung() => {}
             () = tokio::time::sleep(POLL) => {}
             () = app.stopping.cancelled() => {}
         }
@@ -216,34 +219,58 @@ pub async fn work(app: App) {
 }
 
 /// Claims what there is room for. Whether there may be more.
-async fn claim(app: &App) -> bool {
+async fn claim(app: &App, bell: &Bell) -> bool {
     let Some(mut places) = app.pool.take_places(app, CLAIMS) else { return false };
+    bell.look();
     let claim = tokio::time::timeout(PATIENCE, queue::claim(app, queue::SHARED, places.num_permits(), None));
     // Should a claim succeed whose answer never came, its leases lapse.
     let late = || Error::Unavailable(format!("a claim took longer than {} s", PATIENCE.as_secs()));
-    let claimed = claim.await.unwrap_or_else(|_| Err(late())).unwrap_or_else(|error| {
-        tracing::error!(inside = ?error, "runs could not be claimed");
-        Vec::new()
-    });
+    let claimed = match claim.await.unwrap_or_else(|_| Err(late())) {
+        Ok(Claimed::NothingWaits) => {
+            bell.nothing_waits();
+            return false;
+        }
+        Ok(Claimed::Runs(runs)) => runs,
+        Err(error) => {
+            tracing::error!(inside = ?error, "runs could not be claimed");
+            Vec::new()
+        }
+    };
     let any = !claimed.is_empty();
     for run in claimed {
         if let Some(place) = places.split(1) {
-            begin(app, run, place);
+            begin(app, run, place, AtHand::default());
         }
     }
     any
 }
 
+/// What its start has at hand of a run that was claimed with it.
+#[derive(Default)]
+pub struct AtHand {
+    /// Its spec, with which it was stored.
+    pub spec: Option<RunSpec>,
+    /// What is reserved for its first model call.
+    pub reserved: Option<quota_reservations::Model>,
+}
+
 /// Executes a run that was claimed.
-pub fn begin(app: &App, claimed: runs::Model, place: Place) {
+pub fn begin(app: &App, claimed: runs::Model, place: Place, at_hand: AtHand) {
     let lease = lease_of(&claimed);
     let stop = Stop { abandon: Default::default(), hand_back: app.stopping.child_token() };
     app.pool.active.insert(lease.run_id, (lease, stop.clone()));
+    app.live.begin(lease.run_id, claimed.next_sequence);
     app.pool.tell_claimed(app, &claimed);
     let app = app.clone();
     app.clone().tasks.spawn(async move {
-        let outcome = AssertUnwindSafe(execute(&app, &claimed, &stop)).catch_unwind().await;
+        let AtHand { spec, reserved } = at_hand;
+        let model = Arc::new(GatewayModel::with(&app, &claimed, reserved));
+        let execution = execute(&app, &claimed, spec, model.clone(), &stop);
+        let outcome = AssertUnwindSafe(execution).catch_unwind().await;
         let outcome = outcome.unwrap_or_else(|_| Err(Error::internal("its execution panicked")));
+        if let Some(unused) = model.take_reserved() {
+            gateway::forget(&app, unused);
+        }
         // Only this claim's entry: a later claim of the same run may have taken its place.
         app.pool.active.remove_if(&lease.run_id, |_, (held, _)| *held == lease);
         app.live.forget(lease.run_id);
@@ -255,15 +282,24 @@ pub fn begin(app: &App, claimed: runs::Model, place: Place) {
             Err(error) => retry_or_fail(&app, &claimed, &error).await,
         }
         drop(place);
-        app.wakes.wake(queue::SHARED);
+        app.wakes.free(queue::SHARED);
     });
 }
 
-async fn execute(app: &App, claimed: &runs::Model, stop: &Stop) -> Result<Outcome, Error> {
-    let claim = prepare(app, claimed).await?;
+async fn execute(
+    app: &App,
+    claimed: &runs::Model,
+    spec: Option<RunSpec>,
+    model: Arc<GatewayModel>,
+    stop: &Stop,
+) -> Result<Outcome, Error> {
+    let claim = match spec {
+        Some(spec) => prepare_with(app, claimed, spec).await?,
+        None => prepare(app, claimed).await?,
+    };
     let ports = Ports {
-        model: Arc::new(GatewayModel::new(app, claimed)),
-        journal: Arc::new(DatabaseJournal(app.clone())),
+        model,
+        journal: Arc::new(DatabaseJournal::new(app, claimed)),
         webhooks: app.webhooks.clone(),
         mcp: app.mcp.clone(),
     };

@@ -10,7 +10,7 @@
 //! locked, so the two orders can't block each other.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use entity::runs::Status;
@@ -76,6 +76,28 @@ pub async fn next_vtimes(
         }
     };
     Ok(vtimes_up_to(last, step, count))
+}
+
+/// Locks queues in their order, where a transaction comes to several of them by different ways. On SQLite there is one
+/// writer.
+pub async fn lock(tx: &DatabaseTransaction, queues: &BTreeSet<(Uuid, String)>) -> Result<(), Error> {
+    if queues.len() < 2 || tx.get_database_backend() == DbBackend::Sqlite {
+        return Ok(());
+    }
+    let one = |(tenant_id, pool): &(Uuid, String)| {
+        sea_orm::Condition::all()
+            .add(tenant_queues::Column::TenantId.eq(*tenant_id))
+            .add(tenant_queues::Column::Pool.eq(pool.as_str()))
+    };
+    let any = queues.iter().map(one).fold(sea_orm::Condition::any(), sea_orm::Condition::add);
+    tenant_queues::Entity::across_tenants()
+        .filter(any)
+        .order_by_asc(tenant_queues::Column::TenantId)
+        .order_by_asc(tenant_queues::Column::Pool)
+        .lock_exclusive()
+        .all(tx)
+        .await?;
+    Ok(())
 }
 
 /// Virtual times of `count` runs of a tenant that are claimed as soon as they are there, as if they had been queued: their
@@ -260,26 +282,42 @@ async fn pool_vtime(tx: &DatabaseTransaction, pool: &str) -> Result<f64, Error> 
     Ok(claimed.flatten().unwrap_or(0.0))
 }
 
+/// What a claim came to.
+pub enum Claimed {
+    /// These; none if those that wait may not be claimed now.
+    Runs(Vec<runs::Model>),
+    /// Nothing waits in the pool, not even for a tenant's cap.
+    NothingWaits,
+}
+
 /// Claims up to `max` runs of a pool, the next in fair order first. Each has a new fencing token and
 /// a lease from now. `worker` names the worker apart that asks.
-pub async fn claim(app: &App, pool: &str, max: usize, worker: Option<&str>) -> Result<Vec<runs::Model>, Error> {
-    let waiting = tenant_queues::Entity::across_tenants().filter(claimable(pool));
-    if max == 0 || waiting.one(app.db.read()).await?.is_none() {
-        return Ok(Vec::new());
+pub async fn claim(app: &App, pool: &str, max: usize, worker: Option<&str>) -> Result<Claimed, Error> {
+    let next = tenant_queues::Entity::across_tenants()
+        .filter(waiting(pool))
+        .order_by_desc(Expr::expr(has_room()))
+        .limit(1)
+        .one(app.db.read())
+        .await?;
+    match next {
+        None => return Ok(Claimed::NothingWaits),
+        Some(queue) if max == 0 || free_places(&queue) == 0 => return Ok(Claimed::Runs(Vec::new())),
+        Some(_) => {}
     }
     let now = app.clock.now();
     let tx = app.db.begin().await?;
     // The least virtual times belong to as many tenants at most.
     let least = tenant_queues::Entity::across_tenants()
-        .filter(claimable(pool))
+        .filter(waiting(pool))
+        .filter(has_room())
         .order_by_asc(tenant_queues::Column::NextVtime)
         .limit(max as u64);
     let queues = skip_locked(&tx, least).all(&tx).await?;
-    let mut waiting = Vec::new();
+    let mut heads = Vec::new();
     for queue in &queues {
-        waiting.extend(head_of(&tx, queue, max).await?);
+        heads.extend(head_of(&tx, queue, max).await?);
     }
-    let chosen = choose(&queues, waiting, max);
+    let chosen = choose(&queues, heads, max);
     for queue in queues {
         advance(&tx, queue, &chosen).await?;
     }
@@ -299,7 +337,7 @@ pub async fn claim(app: &App, pool: &str, max: usize, worker: Option<&str>) -> R
         .await?;
     tx.commit().await?;
     claimed.sort_by(|a, b| f64::total_cmp(&a.vtime.unwrap_or(0.0), &b.vtime.unwrap_or(0.0)));
-    Ok(claimed)
+    Ok(Claimed::Runs(claimed))
 }
 
 /// A run at the head of its tenant's queue.
@@ -393,11 +431,16 @@ fn skip_locked<E: EntityTrait>(tx: &DatabaseTransaction, rows: Select<E>) -> Sel
     }
 }
 
-fn claimable(pool: &str) -> sea_orm::Condition {
+/// Whether a tenant has something queued in the pool.
+fn waiting(pool: &str) -> sea_orm::Condition {
     sea_orm::Condition::all()
         .add(tenant_queues::Column::Pool.eq(pool))
         .add(tenant_queues::Column::NextVtime.is_not_null())
-        .add(Expr::col(tenant_queues::Column::Running).lt(Expr::col(tenant_queues::Column::MaxRunning)))
+}
+
+/// Whether its cap leaves room for more.
+fn has_room() -> Expr {
+    Expr::col(tenant_queues::Column::Running).lt(Expr::col(tenant_queues::Column::MaxRunning))
 }
 
 /// When a lease that is taken or renewed at `now` lapses.

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use cloister_runtime::item::{Body, RunStatus};
-use cloister_runtime::spec::RunSpec;
+use cloister_runtime::spec::Agents;
 use entity::runs;
 use futures_util::StreamExt;
 use http::StatusCode;
@@ -44,7 +44,7 @@ pub async fn run(State(app): State<App>, request: Request) -> Result<Response, R
         .or_else(|| Uuid::try_parse(&asked.agent_id).ok())
         .ok_or_else(|| malformed("agent_id is neither an agent's id nor a UUID.".to_owned()))?;
     let new = NewRun { agent_id, input: asked.message, ..NewRun::default() };
-    let run = super::start(&app, viewer, new).await.map_err(refused)?;
+    let (run, agents) = super::start(&app, viewer, new).await.map_err(refused)?;
     let wait = Duration::from_secs(app.config.server.run_wait_seconds);
     let given_up = async {
         tokio::select! {
@@ -54,14 +54,14 @@ pub async fn run(State(app): State<App>, request: Request) -> Result<Response, R
     };
     let output = tokio::select! {
         biased;
-        ended = ended(&app, run.clone()) => ended?,
+        ended = ended(&app, run.clone(), &agents) => ended?,
         () = given_up => {
             let id = ids::encode(ids::Run, run.id);
             let detail = format!("The run is still going on. Ask for it as {}.", id.as_str());
             return Err(RestError::new(StatusCode::GATEWAY_TIMEOUT, detail));
         }
     };
-    let tokens = report::runs(&app, &[run.id]).await?.remove(&run.id).unwrap_or_default().usage.total_tokens();
+    let tokens = report::run(&app, &run).await?.usage.total_tokens();
     let (response, model) = output;
     Ok((carried, Json(json!({ "response": response, "tokens_used": tokens, "model": model }))).into_response())
 }
@@ -75,16 +75,16 @@ async fn handed_back(app: &App, run_id: Uuid) {
 }
 
 /// The run's output, and the model of the agent that gave it.
-async fn ended(app: &App, run: runs::Model) -> Result<(String, String), RestError> {
-    let spec: RunSpec = serde_json::from_value(run.spec.clone()).map_err(Error::from)?;
+async fn ended(app: &App, run: runs::Model, agents: &Agents) -> Result<(String, String), RestError> {
     let mut agent = run.agent_id;
-    let mut events = std::pin::pin!(events(app.clone(), run, 0));
+    // The first item, its input, is of no interest.
+    let mut events = std::pin::pin!(events(app.clone(), run, 1));
     while let Some(event) = events.next().await {
         let Event::Item(item) = event? else { continue };
         match item.step.body {
             Body::Handoff { to_agent_id, .. } => agent = to_agent_id,
             Body::Status { status: RunStatus::Succeeded, output, .. } => {
-                let model = spec.agents.get(&agent).map(|agent| agent.model.clone()).unwrap_or_default();
+                let model = agents.get(&agent).map(|agent| agent.model.clone()).unwrap_or_default();
                 return Ok((output.unwrap_or_default(), model));
             }
             Body::Status { status: RunStatus::Failed, error, .. } => {

@@ -30,6 +30,7 @@ use self::refused::Refused;
 use self::tokens::Caller;
 use crate::app::App;
 use crate::runs::journal::{DatabaseJournal, items_after};
+use crate::runs::queue::Claimed;
 use crate::runs::{claimed, queue};
 
 /// How often a long poll looks without being told of a change; also how long a token that was revoked may wait on.
@@ -61,7 +62,7 @@ async fn wait_and_claim(app: App, caller: Caller, request: ClaimRequest, mut ans
             settled => break settled,
         }
         tokio::select! {
-            () = bell.notified() => {}
+            () = bell.rung() => {}
             () = tokio::time::sleep_until(deadline.min(Instant::now() + LOOK)) => {}
             () = app.stopping.cancelled() => {}
             // The next who waits is woken in its place.
@@ -83,7 +84,10 @@ async fn try_claim(
     worker: Option<&str>,
 ) -> Result<Vec<Claim>, Refused> {
     tokens::confirm(app, caller).await?;
-    let runs = queue::claim(app, pool, max, worker).await?;
+    let runs = match queue::claim(app, pool, max, worker).await? {
+        Claimed::Runs(runs) => runs,
+        Claimed::NothingWaits => Vec::new(),
+    };
     if runs.len() == max {
         // There may be more, for whoever else waits here.
         app.wakes.ring(pool);
@@ -126,7 +130,7 @@ pub async fn append(app: &App, caller: &Caller, request: AppendRequest) -> Resul
         return Err(Refused::lease_lost());
     }
     checks::steps(app, &run, &spec, &steps).await?;
-    match DatabaseJournal(app.clone()).append(lease, from_seq, steps).await {
+    match DatabaseJournal::new(app, &run).append(lease, from_seq, steps).await {
         Ok(()) => {
             // An append leaves a lease as it is while most of it is left.
             let least = queue::least_lease_from(app, app.clock.now());

@@ -7,8 +7,8 @@ use entity::{api_keys, quota_reservations, tenants};
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, LockType, OnConflict, Query, SelectStatement};
 use sea_orm::{
-    ActiveEnum, ColumnTrait, Condition, ConnectionTrait, DatabaseTransaction, EntityTrait, ExprTrait, FromQueryResult,
-    Iterable, Order, Statement, Value,
+    ActiveEnum, ColumnTrait, Condition, ConnectionTrait, DatabaseTransaction, DbBackend, EntityTrait, ExprTrait,
+    FromQueryResult, Iterable, Order, Statement, Value,
 };
 use uuid::Uuid;
 
@@ -45,12 +45,17 @@ impl Counter {
         Self { tenant_id, scope: Scope::Run, scope_id: run_id, period: RUN_PERIOD.to_owned() }
     }
 
+    /// All months that a caller's calls count in.
+    pub fn of_caller(tenant_id: Uuid, key_id: Option<Uuid>, period: &str) -> impl Iterator<Item = Self> + use<> {
+        let key = key_id.map(|id| Self::of_key(tenant_id, id, period));
+        std::iter::once(Self::of_tenant(tenant_id, period)).chain(key)
+    }
+
     /// All that a reservation counts in.
     pub fn of(reservation: &quota_reservations::Model) -> impl Iterator<Item = Self> {
         let (tenant_id, period) = (reservation.tenant_id, reservation.period.as_str());
-        let key = reservation.key_id.map(|id| Self::of_key(tenant_id, id, period));
         let run = reservation.run_id.filter(|_| reservation.run_limited).map(|id| Self::of_run(tenant_id, id));
-        std::iter::once(Self::of_tenant(tenant_id, period)).chain(key).chain(run)
+        Self::of_caller(tenant_id, reservation.key_id, period).chain(run)
     }
 
     /// Whose limit it counts against.
@@ -121,17 +126,21 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Locks counters in their order, which is everybody's: those that move, and those that the `asked` reservations
-    /// count in, which are made if they are missing.
-    pub async fn lock<'a>(
+    /// Locks counters in their order, which is everybody's: those that move, and those that are `asked` for, which are
+    /// made if they are missing.
+    pub async fn lock(
         app: &App,
         tx: &DatabaseTransaction,
         moves: Moves,
-        asked: impl Iterator<Item = &'a quota_reservations::Model>,
+        asked: impl Iterator<Item = Counter>,
     ) -> Result<Self, Error> {
-        let asked: BTreeSet<Counter> = asked.flat_map(Counter::of).collect();
-        let all: BTreeSet<&Counter> = moves.0.keys().chain(&asked).collect();
+        let asked: BTreeSet<Counter> = asked.collect();
         let mut rows = BTreeMap::new();
+        if asked.is_empty() && tx.get_database_backend() == DbBackend::Sqlite {
+            // It has one writer, and nothing to lock.
+            return Ok(Self { rows, moves });
+        }
+        let all: BTreeSet<&Counter> = moves.0.keys().chain(&asked).collect();
         let mut wanted: Vec<&Counter> = all.into_iter().collect();
         while !wanted.is_empty() {
             let mut locked = select(wanted.iter().copied());
@@ -155,6 +164,12 @@ impl Counters {
         let limit = if counter.scope == Scope::Run { of_run } else { row.limit };
         let (used, reserved) = self.moves.0.get(counter).copied().unwrap_or_default();
         limit.is_none_or(|limit| row.used + row.reserved + used + reserved + tokens <= limit)
+    }
+
+    /// Whether all that a counter's limit allows is used, with what has moved, and whatever is reserved.
+    pub fn is_used_up(&self, counter: &Counter) -> bool {
+        let (used, _) = self.moves.0.get(counter).copied().unwrap_or_default();
+        self.rows.get(counter).is_some_and(|row| row.limit.is_some_and(|limit| limit <= row.used + used))
     }
 
     /// Moves them further.

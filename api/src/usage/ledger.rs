@@ -15,6 +15,7 @@ use super::counters::Moves;
 use super::quota;
 use crate::app::App;
 use crate::clock::day_of;
+use crate::db::padded;
 use crate::error::Error;
 use crate::metrics::{self, CallOutcome};
 use crate::models::catalog;
@@ -36,8 +37,8 @@ pub async fn settle(tx: &DatabaseTransaction, settlements: &[&Settlement]) -> Re
     if settlements.is_empty() {
         return Ok(Moves::default());
     }
-    let rows = settlements.iter().map(|settlement| record(settlement).into_active_model().reset_all());
-    let inserted = usage_records::Entity::insert_many(rows)
+    let rows = settlements.iter().map(|settlement| record(settlement).into_active_model().reset_all()).collect();
+    let inserted = usage_records::Entity::insert_many(padded(tx, rows))
         .on_conflict(OnConflict::new().do_nothing().to_owned())
         .exec_with_returning_keys(tx)
         .await?;

@@ -22,9 +22,10 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::counters::{self, Counter, Counters, Moves};
+use super::counters::{self, Counter, Counters};
 use crate::app::App;
 use crate::clock::month_of;
+use crate::db::padded;
 use crate::error::Error;
 use crate::models::catalog::CatalogModel;
 use crate::runs::journal::{Append, Verdict};
@@ -135,12 +136,20 @@ impl Reserve {
             tokens: ask.input_tokens + ask.max_output,
             input_tokens: ask.input_tokens,
             output_tokens: 0,
-            // It goes out at once, and nothing is written down in between.
+            // It goes out at once: nothing is written down in between.
             sent: true,
             created_at: now,
             expires_at: now + LIFETIME,
         };
         Self { reservation, run_limit: origin.run_limit }
+    }
+
+    /// Whether a reservation is what is asked for here, made earlier.
+    pub fn is_made_by(&self, earlier: &quota_reservations::Model) -> bool {
+        let quota_reservations::Model { call_id, period, created_at, expires_at, .. } = earlier;
+        let (call_id, created_at, expires_at, period) = (*call_id, *created_at, *expires_at, period.clone());
+        let this = self.reservation.clone();
+        *earlier == quota_reservations::Model { call_id, created_at, expires_at, period, ..this }
     }
 
     /// Waits, bounded, while only others' reservations are in the way; asks for less output when a limit leaves too
@@ -225,14 +234,13 @@ impl Reserve {
     }
 }
 
-/// Moves counters, and reserves what fits then. Returns the reservations by call.
-pub async fn reserve_in(
+/// Reserves what fits, and stores the counters, among which those of the calls are. Returns the reservations by call.
+pub async fn grant(
     app: &App,
     tx: &DatabaseTransaction,
-    moves: Moves,
+    mut counters: Counters,
     asked: &[&Reserve],
 ) -> Result<HashMap<Uuid, quota_reservations::Model>, Error> {
-    let mut counters = Counters::lock(app, tx, moves, asked.iter().map(|asked| &asked.reservation)).await?;
     let mut granted = HashMap::new();
     for Reserve { reservation, run_limit } in asked {
         let tokens = reservation.tokens;
@@ -243,8 +251,8 @@ pub async fn reserve_in(
         }
     }
     if !granted.is_empty() {
-        let rows = granted.values().map(|reservation| reservation.clone().into_active_model().reset_all());
-        let new = quota_reservations::Entity::insert_many(rows)
+        let rows = granted.values().map(|reservation| reservation.clone().into_active_model().reset_all()).collect();
+        let new = quota_reservations::Entity::insert_many(padded(tx, rows))
             .on_conflict(OnConflict::new().do_nothing().to_owned())
             .exec_with_returning_keys(tx)
             .await?;
@@ -338,6 +346,8 @@ pub async fn delete(
 ) -> Result<HashMap<Uuid, i64>, Error> {
     let delete = Query::delete()
         .from_table(quota_reservations::Entity)
+        // Not as one parameter: a plan for any number that was made while the table was small would read all of it, and
+        // what is deleted stays in it for a while.
         .and_where(quota_reservations::Column::CallId.is_in(call_ids))
         .returning(Query::returning().columns([quota_reservations::Column::CallId, quota_reservations::Column::Tokens]))
         .to_owned();

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use chrono::{DateTime, Datelike, NaiveDate, Utc};
+use chrono::{DateTime, Datelike, NaiveDate, TimeDelta, Utc};
 use cloister_runtime::item::TokenUsage;
-use entity::{TenantOwned, quota_counters, quota_counters::Scope, usage_totals};
-use sea_orm::{ColumnTrait, FromQueryResult, QueryFilter, Statement};
+use entity::{TenantOwned, quota_counters, quota_counters::Scope, runs, usage_totals};
+use sea_orm::{ColumnTrait, DbBackend, FromQueryResult, QueryFilter, Statement, Value};
 use uuid::Uuid;
 
 use crate::app::App;
+use crate::batch::{self, Batch, Batched};
 use crate::error::Error;
 
 /// A calendar month in UTC.
@@ -131,27 +132,74 @@ struct RunSum {
     cost: i64,
 }
 
+/// A run whose usage is asked for.
+pub struct UsedBy {
+    run_id: Uuid,
+    created_at: DateTime<Utc>,
+}
+
+impl Batched for UsedBy {
+    type Done = Sum;
+
+    fn batch(app: &App) -> &Batch<Self> {
+        &app.batches.used_by
+    }
+
+    async fn carry_out(app: &App, all: &[Self]) -> Result<Vec<Sum>, Error> {
+        let ids: Vec<Uuid> = all.iter().map(|asked| asked.run_id).collect();
+        let oldest = all.iter().map(|asked| asked.created_at).min().unwrap_or_default();
+        let sums = sums(app, &ids, oldest).await?;
+        Ok(ids.iter().map(|run_id| sums.get(run_id).copied().unwrap_or_default()).collect())
+    }
+}
+
+/// What a run has used so far, from the ledger.
+pub async fn run(app: &App, run: &runs::Model) -> Result<Sum, Error> {
+    batch::join(app, UsedBy { run_id: run.id, created_at: run.created_at }).await
+}
+
 /// What runs have used so far, from the ledger, in one statement.
 pub async fn runs(app: &App, runs: &[Uuid]) -> Result<HashMap<Uuid, Sum>, Error> {
+    sums(app, runs, DateTime::UNIX_EPOCH).await
+}
+
+/// As [`runs`], of runs that began at `since` at the earliest.
+async fn sums(app: &App, runs: &[Uuid], since: DateTime<Utc>) -> Result<HashMap<Uuid, Sum>, Error> {
+    const SLACK: TimeDelta = TimeDelta::hours(1);
     if runs.is_empty() {
         return Ok(HashMap::new());
     }
-    let marks: Vec<String> = (1..=runs.len()).map(|at| format!("${at}")).collect();
+    let db = app.db.read();
     // PostgreSQL sums bigint to numeric: cast back.
     let sum = |column: &str| format!("CAST(SUM({column}) AS bigint) AS {column}");
-    let sql = format!(
-        "SELECT run_id, COUNT(*) AS requests, CAST(SUM(CASE WHEN estimated THEN 1 ELSE 0 END) AS bigint) AS estimated, \
-         {}, {}, {}, {}, {}, {} FROM usage_records WHERE run_id IN ({}) GROUP BY run_id",
+    let sums = format!(
+        "COUNT(*) AS requests, CAST(SUM(CASE WHEN estimated THEN 1 ELSE 0 END) AS bigint) AS estimated, {}, {}, {}, {}, \
+         {}, {} FROM usage_records",
         sum("input_tokens"),
         sum("cache_read_tokens"),
         sum("cache_write_tokens"),
         sum("output_tokens"),
         sum("reasoning_tokens"),
         sum("cost"),
-        marks.join(", ")
     );
-    let db = app.db.read();
-    let statement = Statement::from_sql_and_values(db.get_database_backend(), sql, runs.iter().map(|id| (*id).into()));
+    let (sql, values): (String, Vec<Value>) = match db.get_database_backend() {
+        // The statement is the same for however many. Each is looked up by itself, in the partitions that can have it.
+        DbBackend::Postgres => (
+            format!(
+                "SELECT sums.* FROM UNNEST($1::uuid[]) AS asked (id) CROSS JOIN LATERAL (SELECT run_id, {sums} \
+                 WHERE run_id = asked.id AND created_at >= $2 AND created_at < $3 GROUP BY run_id) AS sums"
+            ),
+            // Replicas' clocks are a little apart.
+            vec![runs.to_vec().into(), (since - SLACK).into(), (app.clock.now() + SLACK).into()],
+        ),
+        _ => {
+            let marks: Vec<String> = (1..=runs.len()).map(|at| format!("${at}")).collect();
+            let of_runs = marks.join(", ");
+            let values = runs.iter().map(|id| (*id).into()).collect();
+            (format!("SELECT run_id, {sums} WHERE run_id IN ({of_runs}) GROUP BY run_id"), values)
+        }
+    };
+    let statement = Statement::from_sql_and_values(db.get_database_backend(), sql, values);
     let rows = RunSum::find_by_statement(statement).all(db).await?;
     let sums = rows.into_iter().map(|row| {
         let usage = TokenUsage {

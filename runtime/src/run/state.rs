@@ -1,7 +1,7 @@
 //! Where a run stands, folded from its items: the same for a run that lives and for one that is taken up again, and for
 //! a nested run as for the run itself.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use uuid::Uuid;
@@ -12,10 +12,7 @@ use super::texts;
 use super::toolbox::{Target, Toolbox};
 use super::turn::{Call, Output, Turn};
 use crate::item::{Body, InputItem, Role, RunError, RunErrorCode, RunStatus, Step};
-use crate::spec::{AgentSpec, Guardrail, GuardrailStage, HandoffFilter};
-
-/// A run's agents.
-pub type Agents = BTreeMap<Uuid, Arc<AgentSpec>>;
+use crate::spec::{AgentSpec, Agents, Guardrail, GuardrailStage, HandoffFilter};
 
 /// A run, or a nested run, between two steps.
 #[derive(Debug)]

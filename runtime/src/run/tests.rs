@@ -10,7 +10,7 @@ use super::*;
 use crate::item::{Role, RunStatus, TokenUsage};
 use crate::journal::Progress;
 use crate::model::{Finish, ModelError, ModelEvent, ModelResponse};
-use crate::spec::ToolUseBehavior;
+use crate::spec::{AgentSpec, Guardrail, GuardrailRule, GuardrailStage, McpServer, Tool, ToolUseBehavior};
 
 #[tokio::test]
 async fn a_text_is_the_output() {
@@ -33,6 +33,38 @@ async fn a_text_is_the_output() {
         request.input,
         [InputItem::Assistant { text: "Earlier".into(), raw: None }, InputItem::User { text: "Hi".into() }]
     );
+}
+
+#[tokio::test]
+async fn the_first_request_is_known_before_the_run_begins() {
+    let hook = || tool("look", "http://127.0.0.1:1");
+    let root = with_handoffs(with_tools(agent("A"), vec![hook()]), &["B"]);
+    let stage = Stage::new(vec![root.clone(), agent("B")]).responds(vec![text("Yes.")]);
+    stage.run_claim(Claim { history: vec![], ..stage.claim() }).await;
+    assert_eq!(first_request(&stage.spec), Some(stage.request(0)));
+
+    // Where something is asked before, nothing is certain.
+    let rule = GuardrailRule::MaxLength { characters: 9 };
+    let guardrail = Guardrail {
+        name: "g".into(),
+        stage: GuardrailStage::Input,
+        tool: None,
+        parallel: true,
+        rule,
+        ends_run: false,
+        message: None,
+    };
+    let guarded = Stage::new(vec![AgentSpec { guardrails: vec![guardrail], ..agent("A") }]);
+    assert_eq!(first_request(&guarded.spec), None);
+    let server = McpServer {
+        name: "s".into(),
+        url: "http://127.0.0.1:1".into(),
+        token: None,
+        allowed_tools: None,
+        needs_approval: false,
+    };
+    let served = Stage::new(vec![AgentSpec { tools: vec![Tool::Mcp(server)], ..agent("A") }]);
+    assert_eq!(first_request(&served.spec), None);
 }
 
 #[tokio::test]

@@ -11,13 +11,12 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::state::Agents;
 use super::toolbox::Toolbox;
 use super::{Outcome, Ports};
 use crate::item::{Body, RunError, RunStatus, Step};
 use crate::journal::{Addition, JournalError, Progress};
 use crate::mcp::McpSessions;
-use crate::spec::{AgentSpec, Lease, Tool};
+use crate::spec::{AgentSpec, Agents, Lease, Tool};
 
 /// How long an append is tried again while the journal can't be reached: less than a lease lasts (30 s), after which
 /// the run is another worker's.

@@ -1,5 +1,6 @@
 //! Quotas: what is reserved, what is refused, and what goes on.
 
+use chrono::{DateTime, Utc};
 use cloister_tests::app::TestAppBuilder;
 use cloister_tests::{Client, ModelServer, Reply, Tenant, TestApp, ToolServer};
 use entity::quota_counters::Scope;
@@ -17,6 +18,8 @@ use super::ledger::{
 
 on_both!(
     a_call_is_reserved_while_it_is_open,
+    a_start_reserves_for_its_first_call,
+    runs_that_are_cancelled_as_they_begin_leave_nothing_reserved,
     the_last_tokens_clamp_a_call_and_too_few_pause_the_run,
     others_reservations_are_waited_for,
     a_run_pauses_between_turns_and_goes_on_once_the_limit_is_raised,
@@ -105,6 +108,65 @@ async fn a_call_is_reserved_while_it_is_open(builder: TestAppBuilder) {
     assert_eq!(usage().await, [52, 0, 50_000 - 52, 50_000]);
     assert_eq!(counter(&db, Scope::Run, uuid(second)).await, (27, 0));
     exact(&app, &tenant, &model).await;
+}
+
+async fn a_start_reserves_for_its_first_call(builder: TestAppBuilder) {
+    let model = ModelServer::start().await;
+    let app = builder.model_server(&model).start().await;
+    let (tenant, plain) = limited(&app, "acme", 50_000).await;
+    let client = &tenant.client;
+    let db = app.database().await;
+    // A tenant's first run makes its queue, and goes through it.
+    model.script([Reply::text("Yes.").usage(20, 5)]);
+    succeed(client, &plain, "Hi").await;
+    settled(&db).await;
+
+    model.script([Reply::text("Held.").usage(20, 5).hold()]);
+    let run = start(client, &plain, "Hi").await;
+    // The run is stored together with it: there is nothing to wait for.
+    let held = reservations(&db).await;
+    let [one] = &held[..] else { panic!("{held:?}") };
+    assert_eq!((one.run_id, one.turn, one.attempt), (Some(uuid(&run)), Some(1), 1));
+    let was_made_with = async |run: &str, of: DateTime<Utc>| run_row(&db, run).await.started_at.unwrap() >= of;
+    assert!(was_made_with(&run, one.created_at).await, "{one:?}");
+    model.wait_for_held(1).await;
+    assert_eq!(reservations(&db).await.len(), 1);
+    assert!(model.release());
+    until(client, &run, "SUCCEEDED").await;
+    settled(&db).await;
+    assert_eq!(rows(&db).await[1].call_id, one.call_id);
+
+    // What an input guardrail looks at first may never be sent, and a run's own limit has its counter once it is under way.
+    let guardrail = json!({"name": "polite", "stage": "INPUT", "parallel": false, "rule": {"maxLength": 9}});
+    let guarded = agent(client, "Guarded", json!({"guardrails": [guardrail]})).await;
+    for input in
+        [json!({"agentId": guarded, "input": "Hi"}), json!({"agentId": plain, "input": "Hi", "maxTokens": 9_000})]
+    {
+        model.script([Reply::text("Yes.").usage(20, 5)]);
+        let run = try_start(client, input).await["run"]["id"].as_str().unwrap().to_owned();
+        until(client, &run, "SUCCEEDED").await;
+        settled(&db).await;
+        let call = rows(&db).await.pop().unwrap();
+        assert!(!was_made_with(&run, call.created_at).await, "{call:?}");
+    }
+    exact(&app, &tenant, &model).await;
+    assert_eq!(counter(&db, Scope::Tenant, uuid(&tenant.id)).await, (100, 0));
+}
+
+async fn runs_that_are_cancelled_as_they_begin_leave_nothing_reserved(builder: TestAppBuilder) {
+    let model = ModelServer::start().await;
+    let app = builder.model_server(&model).start().await;
+    let (tenant, agent) = limited(&app, "acme", 10_000_000).await;
+    let client = &tenant.client;
+    model.script((0..60).map(|_| Reply::text("Yes.").usage(20, 5)));
+    let cancelled = (0..60).map(|_| async {
+        let run = start(client, &agent, "Hi").await;
+        on_run(client, "cancelRun", &run).await;
+    });
+    join_all(cancelled).await;
+    // Calls that were sent are charged, whatever became of their runs; the others are given back, and not by the sweep.
+    exact(&app, &tenant, &model).await;
+    assert_eq!(counter(&app.database().await, Scope::Tenant, uuid(&tenant.id)).await.1, 0);
 }
 
 async fn the_last_tokens_clamp_a_call_and_too_few_pause_the_run(builder: TestAppBuilder) {

@@ -1,10 +1,10 @@
 //! What a run is given of the graph.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use cloister_runtime::schema;
-use cloister_runtime::spec::{AgentSpec, Handoff, RunSpec};
+use cloister_runtime::spec::{AgentSpec, Agents, Handoff, RunSpec};
 use entity::{TenantOwned, agent_versions, agents};
 use sea_orm::{ColumnTrait, QueryFilter, QuerySelect};
 use uuid::Uuid;
@@ -12,12 +12,14 @@ use uuid::Uuid;
 use super::{Graph, Node, numbered, versions};
 use crate::agents::variables::Variables;
 use crate::app::App;
+use crate::batch::{self, Batch, Batched};
+use crate::db::is_any;
 use crate::error::{Error, Outcome, UserError, UserErrorCode};
 use crate::input::Checks;
 
 impl Graph {
-    fn specs(&self) -> Result<BTreeMap<Uuid, AgentSpec>, Error> {
-        self.nodes.iter().map(|(id, node)| Ok((*id, self.spec(*id, node)?))).collect()
+    fn specs(&self) -> Result<Agents, Error> {
+        self.nodes.iter().map(|(id, node)| Ok((*id, Arc::new(self.spec(*id, node)?)))).collect()
     }
 
     fn spec(&self, id: Uuid, node: &Node) -> Result<AgentSpec, Error> {
@@ -63,19 +65,13 @@ impl Graph {
 
 /// The graph of a run, frozen.
 pub struct Frozen {
-    root: Uuid,
     /// The version that runs; none for the draft.
     pub version_id: Option<Uuid>,
     /// Every agent of the closure. Tokens are sealed.
-    pub agents: Arc<BTreeMap<Uuid, AgentSpec>>,
+    pub agents: Arc<Agents>,
 }
 
 impl Frozen {
-    /// The name of the agent that answers first.
-    pub fn root_name(&self) -> &str {
-        self.agents.get(&self.root).map(|agent| agent.name.as_str()).unwrap_or_default()
-    }
-
     /// The same with the variables in all instructions filled in.
     pub fn filled(self, variables: &Variables) -> Outcome<Self> {
         Ok(Self { agents: variables.fill(self.agents)?, ..self })
@@ -97,17 +93,16 @@ pub async fn freeze(app: &App, tenant_id: Uuid, agent_id: Uuid, version: Option<
         let graph = Graph::of_draft(db, &agent, &mut checks).await?;
         graph.prove(app, &mut checks);
         checks.finish()?;
-        return Ok(Frozen { root: agent_id, version_id: None, agents: Arc::new(graph.specs()?) });
+        return Ok(Frozen { version_id: None, agents: Arc::new(graph.specs()?) });
     }
     if let Some(number) = version {
         let agent = agents().one(db).await?.ok_or_else(missing)?;
         let root = numbered(db, &agent, number).await?;
         let root = root.ok_or_else(|| UserError::not_found("version", "version of this agent"))?;
         let agents = closure(app, tenant_id, &root).await?;
-        return Ok(Frozen { root: agent_id, version_id: Some(root.id), agents });
+        return Ok(Frozen { version_id: Some(root.id), agents });
     }
-    let published: Option<Option<Uuid>> =
-        agents().select_only().column(agents::Column::PublishedVersionId).into_tuple().one(db).await?;
+    let published = batch::join(app, Published { tenant_id, agent_id }).await?;
     let Some(version_id) = published.ok_or_else(missing)? else {
         let message = "This agent was never published. Call publishAgent, or run its draft with draft: true.";
         return Err(UserError::new(UserErrorCode::NotPublished, "agentId", message).into());
@@ -119,18 +114,45 @@ pub async fn freeze(app: &App, tenant_id: Uuid, agent_id: Uuid, version: Option<
             closure(app, tenant_id, &root.ok_or_else(|| Error::internal("a published version is gone"))?).await?
         }
     };
-    Ok(Frozen { root: agent_id, version_id: Some(version_id), agents })
+    Ok(Frozen { version_id: Some(version_id), agents })
+}
+
+/// An agent whose published version is asked for.
+pub struct Published {
+    tenant_id: Uuid,
+    agent_id: Uuid,
+}
+
+impl Batched for Published {
+    /// None without the agent; none within for one that was never published.
+    type Done = Option<Option<Uuid>>;
+
+    fn batch(app: &App) -> &Batch<Self> {
+        &app.batches.published
+    }
+
+    async fn carry_out(app: &App, all: &[Self]) -> Result<Vec<Self::Done>, Error> {
+        let db = app.db.read();
+        let ids: BTreeSet<Uuid> = all.iter().map(|asked| asked.agent_id).collect();
+        let found: Vec<(Uuid, Uuid, Option<Uuid>)> = agents::Entity::across_tenants()
+            .filter(is_any(db, agents::Column::Id, ids))
+            .filter(agents::Column::DeletedAt.is_null())
+            .select_only()
+            .columns([agents::Column::TenantId, agents::Column::Id, agents::Column::PublishedVersionId])
+            .into_tuple()
+            .all(db)
+            .await?;
+        let found: HashMap<(Uuid, Uuid), Option<Uuid>> =
+            found.into_iter().map(|(tenant_id, id, version_id)| ((tenant_id, id), version_id)).collect();
+        Ok(all.iter().map(|asked| found.get(&(asked.tenant_id, asked.agent_id)).copied()).collect())
+    }
 }
 
 /// The agents of published versions' closures, by the version's id. They never change.
-pub type Closures = quick_cache::sync::Cache<Uuid, Arc<BTreeMap<Uuid, AgentSpec>>>;
+pub type Closures = quick_cache::sync::Cache<Uuid, Arc<Agents>>;
 
 /// The agents of a version's closure, now at hand for later runs.
-async fn closure(
-    app: &App,
-    tenant_id: Uuid,
-    root: &agent_versions::Model,
-) -> Result<Arc<BTreeMap<Uuid, AgentSpec>>, Error> {
+async fn closure(app: &App, tenant_id: Uuid, root: &agent_versions::Model) -> Result<Arc<Agents>, Error> {
     let ids: Vec<Uuid> = serde_json::from_value(root.closure.clone())?;
     let mut nodes = BTreeMap::new();
     for (_, version) in versions(app.db.read(), tenant_id, ids.into_iter()).await? {
@@ -144,7 +166,12 @@ async fn closure(
 
 /// Opens the tools' tokens of a run that is about to be executed.
 pub fn open_tokens(app: &App, tenant_id: Uuid, spec: &mut RunSpec) -> Result<(), Error> {
-    for tool in spec.agents.values_mut().flat_map(|agent| agent.tools.iter_mut()) {
+    let mut tools = spec.agents.values().flat_map(|agent| &agent.tools);
+    if !tools.any(|tool| tool.token().is_some()) {
+        return Ok(());
+    }
+    let agents = Arc::make_mut(&mut spec.agents).values_mut().map(Arc::make_mut);
+    for tool in agents.flat_map(|agent| agent.tools.iter_mut()) {
         if let Some(token) = tool.token_mut()
             && let Some(sealed) = token
         {

@@ -1,6 +1,6 @@
 //! A run with all around it: a scripted model, a journal in memory, endpoints on this machine.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Mutex;
 
 use async_trait::async_trait;
@@ -88,7 +88,7 @@ impl Stage {
             spec: RunSpec {
                 run_id: Uuid::nil(),
                 root: agents[0].id,
-                agents: agents.into_iter().map(|agent| (agent.id, agent)).collect::<BTreeMap<_, _>>(),
+                agents: Arc::new(agents.into_iter().map(|agent| (agent.id, Arc::new(agent))).collect()),
                 input: "Hi".into(),
             },
             fence: 1,
