@@ -200,6 +200,13 @@ pub async fn in_conversation(
     if conversation.is_none() {
         return Err(UserError::not_found("conversationId", "conversation").into());
     }
+    // A repetition that was as fast must not interrupt the run that it repeats.
+    if let Some(Idempotency { key, .. }) = idempotency {
+        let same = runs::Entity::in_tenant(tenant_id).filter(runs::Column::IdempotencyKey.eq(*key));
+        if same.count(&tx).await? > 0 {
+            return Err(Error::Conflict.into());
+        }
+    }
     let unfinished = || {
         runs::Entity::in_tenant(tenant_id)
             .filter(runs::Column::ConversationId.eq(conversation_id))

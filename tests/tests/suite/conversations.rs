@@ -14,6 +14,7 @@ on_both!(
     three_runs_share_their_history_on_the_wire,
     one_run_at_a_time_goes_on_in_a_conversation,
     a_busy_conversation_rejects_or_is_interrupted_as_asked,
+    a_start_that_is_repeated_at_once_does_not_interrupt_itself,
     a_cancelled_run_leaves_no_orphan_call,
     a_failed_response_leaves_only_the_input,
     a_conversation_is_deleted_once_its_runs_have_ended,
@@ -127,6 +128,24 @@ async fn a_busy_conversation_rejects_or_is_interrupted_as_asked(app: TestAppBuil
     let (started, refused): (Vec<Value>, Vec<Value>) = all.into_iter().partition(|payload| payload["run"].is_object());
     assert_eq!((started.len(), refused.len()), (1, 19));
     stage.model.release();
+}
+
+async fn a_start_that_is_repeated_at_once_does_not_interrupt_itself(app: TestAppBuilder) {
+    let stage = Stage::set(app).await;
+    let client = stage.client();
+    stage.model.always(|request| Reply::text(format!("After {}.", request.last_user_text())));
+    let agent = stage.agent(json!({})).await;
+    let first = json!({"agentId": agent, "newConversation": true, "input": "0"});
+    let first = granted(try_start(client, first).await)["run"].clone();
+    ended(client, &text(&first["id"])).await;
+    for round in 0..10 {
+        let start = json!({"agentId": agent, "conversationId": first["conversation"]["id"], "input": round.to_string(),
+            "onBusy": "INTERRUPT", "idempotencyKey": format!("round {round}")});
+        let started = join_all((0..4).map(|_| try_start(client, start.clone()))).await;
+        let ids: Vec<String> = started.into_iter().map(|payload| text(&granted(payload)["run"]["id"])).collect();
+        assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
+        assert_eq!(ended(client, &ids[0]).await.output(), format!("After {round}."));
+    }
 }
 
 async fn a_cancelled_run_leaves_no_orphan_call(app: TestAppBuilder) {
