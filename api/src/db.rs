@@ -6,13 +6,11 @@ use std::time::Duration;
 
 use log::LevelFilter;
 use migration::{Migrator, MigratorTrait};
-use sea_orm::sea_query::Expr;
-use sea_orm::sea_query::postgres_array::NotU8;
 use sea_orm::sqlx::Connection;
 use sea_orm::sqlx::sqlite::{SqliteConnection, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
-    ColumnTrait, ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
-    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait, Value,
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
+    SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
 };
 
 use crate::config::{Config, Synchronous};
@@ -107,18 +105,6 @@ impl Db {
 async fn begin(connection: &DatabaseConnection) -> Result<DatabaseTransaction, DbErr> {
     let sqlite_transaction_mode = Some(SqliteTransactionMode::Immediate);
     connection.begin_with_options(TransactionOptions { sqlite_transaction_mode, ..Default::default() }).await
-}
-
-/// Whether a column is one of these. On PostgreSQL they are one parameter, so that a statement's text, which is what it
-/// is prepared by, doesn't depend on how many they are.
-pub fn is_any<V>(db: &impl ConnectionTrait, column: impl ColumnTrait, values: impl IntoIterator<Item = V>) -> Expr
-where
-    V: Into<Value> + NotU8,
-{
-    match db.get_database_backend() {
-        DbBackend::Postgres => column.eq_any(values),
-        _ => column.is_in(values),
-    }
 }
 
 /// Rows for a statement that bears rows that come twice: on PostgreSQL the last one is repeated, so that statements come

@@ -22,7 +22,7 @@ use uuid::Uuid;
 use super::status::{code_name, stored};
 use super::{approvals, queue, record};
 use crate::app::App;
-use crate::db::{is_any, padded, values_list};
+use crate::db::{padded, values_list};
 use crate::error::Error;
 use crate::tenants::changes::Change;
 
@@ -86,7 +86,7 @@ pub async fn hold(app: &App, tx: &DatabaseTransaction, appends: Vec<&Append>) ->
     lock_conversations(tx, appends.iter().filter(moving).map(|append| append.lease.run_id).collect()).await?;
     let until = queue::lease_from(app, now);
     let rows = runs::without_spec()
-        .filter(is_any(tx, runs::Column::Id, appends.iter().map(|append| append.lease.run_id)))
+        .filter(runs::Column::Id.is_in(appends.iter().map(|append| append.lease.run_id).collect::<BTreeSet<_>>()))
         .order_by_asc(runs::Column::Id)
         .lock_exclusive()
         .all(tx)
@@ -130,7 +130,7 @@ pub async fn lock_conversations(tx: &DatabaseTransaction, run_ids: Vec<Uuid>) ->
         return Ok(());
     }
     let ids: Vec<(Uuid, Option<Uuid>)> = runs::Entity::across_tenants()
-        .filter(is_any(tx, runs::Column::Id, run_ids))
+        .filter(runs::Column::Id.is_in(run_ids))
         .select_only()
         .columns([runs::Column::TenantId, runs::Column::ConversationId])
         .into_tuple()

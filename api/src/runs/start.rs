@@ -1,6 +1,6 @@
 //! How a run comes into being: its row, its input as the journal's first item, its place in the queue.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use cloister_runtime::item::Item;
 use cloister_runtime::spec::RunSpec;
@@ -20,7 +20,7 @@ use super::{Idempotency, NewRun, OnBusy, cancel_in, journal, queue, record};
 use crate::agents::graph::Frozen;
 use crate::app::App;
 use crate::clock::month_of;
-use crate::db::{is_any, padded};
+use crate::db::padded;
 use crate::error::{Error, Outcome, Refusal, UserError, UserErrorCode};
 use crate::models::gateway;
 use crate::usage::counters::{Counter, Counters};
@@ -77,7 +77,7 @@ impl<'a> Starting<'a> {
             return Ok(Self { starts, tenants: HashMap::new(), exhausted: HashSet::new() });
         }
         let tenants = tenants::Entity::across_tenants()
-            .filter(is_any(tx, tenants::Column::Id, starts.iter().map(|start| start.run.tenant_id)))
+            .filter(tenants::Column::Id.is_in(starts.iter().map(|start| start.run.tenant_id).collect::<BTreeSet<_>>()))
             .order_by_asc(tenants::Column::Id)
             .lock_shared()
             .all(tx)

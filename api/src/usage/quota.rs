@@ -346,8 +346,6 @@ pub async fn delete(
 ) -> Result<HashMap<Uuid, i64>, Error> {
     let delete = Query::delete()
         .from_table(quota_reservations::Entity)
-        // Not as one parameter: a plan for any number that was made while the table was small would read all of it, and
-        // what is deleted stays in it for a while.
         .and_where(quota_reservations::Column::CallId.is_in(call_ids))
         .returning(Query::returning().columns([quota_reservations::Column::CallId, quota_reservations::Column::Tokens]))
         .to_owned();

@@ -13,7 +13,6 @@ use super::{Graph, Node, numbered, versions};
 use crate::agents::variables::Variables;
 use crate::app::App;
 use crate::batch::{self, Batch, Batched};
-use crate::db::is_any;
 use crate::error::{Error, Outcome, UserError, UserErrorCode};
 use crate::input::Checks;
 
@@ -135,7 +134,7 @@ impl Batched for Published {
         let db = app.db.read();
         let ids: BTreeSet<Uuid> = all.iter().map(|asked| asked.agent_id).collect();
         let found: Vec<(Uuid, Uuid, Option<Uuid>)> = agents::Entity::across_tenants()
-            .filter(is_any(db, agents::Column::Id, ids))
+            .filter(agents::Column::Id.is_in(ids))
             .filter(agents::Column::DeletedAt.is_null())
             .select_only()
             .columns([agents::Column::TenantId, agents::Column::Id, agents::Column::PublishedVersionId])
