@@ -10,6 +10,7 @@ use cloister_runtime::spec::RunSpec;
 use entity::runs::Status;
 use entity::{TenantOwned, runs};
 use sea_orm::{ColumnTrait, QueryFilter, QueryOrder, QuerySelect};
+use serde::Deserialize;
 use uuid::Uuid;
 
 use super::journal::{self, items_in};
@@ -78,7 +79,7 @@ fn pending_call<'a>(run: &runs::Model, items: &'a [Item], decision: &Decision) -
     if Status::TERMINAL.contains(&run.status) {
         return Err(UserError::new(UserErrorCode::State, "runId", "This run has ended already.").into());
     }
-    let spec: RunSpec = serde_json::from_value(run.spec.clone()).map_err(Error::from)?;
+    let spec = RunSpec::deserialize(&run.spec).map_err(Error::from)?;
     let pending = pending_approvals(&spec, items);
     let calls = items.iter().filter_map(|item| match &item.step.body {
         Body::ToolCall { call_id, arguments_hash, .. } if *call_id == decision.call_id => {
@@ -108,7 +109,7 @@ pub fn pending(run: &runs::Model, items: Vec<Item>) -> Result<Vec<Item>, Error> 
     if Status::TERMINAL.contains(&run.status) {
         return Ok(Vec::new());
     }
-    let spec: RunSpec = serde_json::from_value(run.spec.clone())?;
+    let spec = RunSpec::deserialize(&run.spec)?;
     let pending: HashSet<(Option<String>, String)> = pending_approvals(&spec, &items).into_iter().collect();
     let is_pending = |item: &Item| match &item.step.body {
         Body::ToolCall { call_id, .. } => pending.contains(&(item.step.scope.clone(), call_id.clone())),

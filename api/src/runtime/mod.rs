@@ -21,6 +21,7 @@ use cloister_runtime::spec::{Claim, Lease, RunSpec};
 use entity::runs::Status;
 use entity::{TenantOwned, runs};
 use sea_orm::{ColumnTrait, QueryFilter, QuerySelect};
+use serde::Deserialize;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -112,7 +113,7 @@ pub async fn append(app: &App, caller: &Caller, request: AppendRequest) -> Resul
     if from_seq > run.next_sequence || from_seq < 1 {
         return Err(wrong_sequence(&run));
     }
-    let spec: RunSpec = serde_json::from_value(run.spec.clone())?;
+    let spec = RunSpec::deserialize(&run.spec)?;
     if from_seq < run.next_sequence {
         let others = spec.has_other_authors();
         let count = if others { u64::MAX / 2 } else { steps.len() as u64 };

@@ -16,6 +16,7 @@ use entity::{TenantOwned, run_items, runs};
 use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt};
 use sea_orm::{ColumnTrait, QueryFilter, QuerySelect};
+use serde::Deserialize;
 
 use super::refused::Refused;
 use super::tokens::{self, Caller};
@@ -41,7 +42,7 @@ pub async fn model(
     let answering = Pool::answer(app, lease, scope.as_deref()).ok_or_else(busy)?;
     // Again: who took the run away before the line above told nobody.
     let run = runs::Model { spec: run.spec, ..ready(app, caller, lease).await? };
-    let spec: RunSpec = serde_json::from_value(run.spec.clone())?;
+    let spec = RunSpec::deserialize(&run.spec)?;
     let may_lie_before = spec.has_other_authors() && (1..run.next_sequence).contains(&from_seq);
     if from_seq != run.next_sequence && !may_lie_before {
         return Err(wrong_sequence(&run));

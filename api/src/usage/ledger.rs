@@ -43,9 +43,9 @@ pub async fn settle(tx: &DatabaseTransaction, settlements: &[&Settlement]) -> Re
         .exec_with_returning_keys(tx)
         .await?;
     let new_ids: HashSet<Uuid> = inserted.into_iter().map(|(call_id, _)| call_id).collect();
-    let new = || settlements.iter().filter(|settlement| new_ids.contains(&settlement.reservation.call_id));
+    let is_new = |settlement: &Settlement| new_ids.contains(&settlement.reservation.call_id);
     let mut totals: BTreeMap<TotalsKey, Totals> = BTreeMap::new();
-    for settlement in new() {
+    for settlement in settlements.iter().filter(|settlement| is_new(settlement)) {
         totals.entry(TotalsKey::of(&settlement.reservation)).or_default().add(&settlement.usage);
     }
     // In the keys' order, as the counters are after them: two transactions can't wait for each other.
@@ -54,14 +54,12 @@ pub async fn settle(tx: &DatabaseTransaction, settlements: &[&Settlement]) -> Re
     }
     let deleted = quota::delete(tx, settlements.iter().map(|settlement| settlement.reservation.call_id)).await?;
     let mut moves = Moves::default();
-    for Settlement { reservation, usage } in settlements {
-        if let Some(tokens) = deleted.get(&reservation.call_id) {
-            let used = if new_ids.contains(&reservation.call_id) { usage.total_tokens() } else { 0 };
-            moves.add(reservation, used, -tokens);
-        }
-    }
     for settlement in settlements {
-        if !settlement.usage.estimated && !new_ids.contains(&settlement.reservation.call_id) {
+        let Settlement { reservation, usage } = settlement;
+        if let Some(tokens) = deleted.get(&reservation.call_id) {
+            moves.add(reservation, if is_new(settlement) { usage.total_tokens() } else { 0 }, -tokens);
+        }
+        if !usage.estimated && !is_new(settlement) {
             correct(tx, settlement, &mut moves).await?;
         }
     }
